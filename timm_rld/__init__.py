@@ -1,0 +1,35 @@
+"""Refined logit distillation for timm. Importing this is cheap: each public name loads its room when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = '0.1.0'
+
+_PUBLIC = {
+    'create_distill_loss': 'loss',
+    'create_pair': 'pairing',
+    'create_student': 'pairing',
+    'create_teacher': 'pairing',
+    'Pair': 'pairing',
+    'Teacher': 'pairing',
+    'DistillationTask': 'task',
+    'MixedTarget': 'data',
+    'export_model': 'hub',
+    'UserError': 'errors',
+}
+
+__all__ = [*_PUBLIC, '__version__']
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(importlib.import_module(f'.{_PUBLIC[name]}', __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

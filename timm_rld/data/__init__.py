@@ -1,0 +1,18 @@
+"""Data: sources → (uint8 pixels, target, index), with replayable augmentation."""
+
+from .loader import Loader
+from .mixing import MixedTarget, Mixing
+from .sources import SAMPLE_NOTE, Source, open_split, open_splits
+from .transforms import eval_transform, train_transform
+
+__all__ = [
+    'Loader',
+    'MixedTarget',
+    'Mixing',
+    'SAMPLE_NOTE',
+    'Source',
+    'eval_transform',
+    'open_split',
+    'open_splits',
+    'train_transform',
+]

@@ -1,0 +1,102 @@
+"""Loaders of replayable uint8 batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .replay import STREAM, ReplayDataset, ReplaySampler, ReplayStream, Step, derive_seed
+from .sources import Source
+from .transforms import Transform
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Loader:
+    """Batches (uint8 pixels `[B, C, H, W]`, targets `[B]`, indices `[B]`) of one split, for one process.
+
+    It is sharded already: do not pass it to `accelerator.prepare`. Call :meth:`set_epoch` before each iteration.
+
+    Args:
+        source: the split.
+        transform: PIL image → uint8 tensor.
+        batch_size: per process.
+        training: shuffled and augmented by (seed, epoch, index); else in order, each sample exactly once.
+        rank, world: of this process. A streamed split takes them from torch.distributed.
+        accum: batches per optimizer step.
+        min_batch: see :class:`ReplaySampler`.
+        workers: loader processes.
+        pin_memory: for copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        batch_size: int,
+        *,
+        training: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        accum: int = 1,
+        min_batch: int = 0,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.source, self.batch_size, self.world, self.accum, self.seed = source, batch_size, world, accum, seed
+        self.training = training
+        self.generator = torch.Generator()
+        common = dict(num_workers=workers, pin_memory=pin_memory, generator=self.generator)
+        if source.streamed:
+            source.dataset.set_loader_cfg(num_workers=workers)
+            self.stream = ReplayStream(source, transform, seed if training else None, rank)
+            self.sampler = None
+            # not persistent: timm's readers seed themselves from their worker, once
+            self.loader = DataLoader(self.stream, batch_size=batch_size, drop_last=training, **common)
+        else:
+            self.sampler = ReplaySampler(
+                len(source), batch_size, seed=seed, shuffle=training, rank=rank, world=world, accum=accum,
+                min_batch=min_batch,
+            )  # fmt: skip
+            self.loader = DataLoader(
+                ReplayDataset(source, transform, seed if training else None),
+                batch_sampler=self.sampler,
+                persistent_workers=training and workers > 0,
+                **common,
+            )
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next iteration gives epoch ``epoch`` (1-based), from batch ``start`` (0-based) on."""
+        self.generator.manual_seed(derive_seed(STREAM, self.seed, epoch) & 0x7FFFFFFFFFFFFFFF)
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch, start)
+        else:
+            assert start == 0, 'a stream starts at its start'
+            self.stream.set_epoch(epoch)
+
+    def step(self, batch: int) -> Step:
+        """What batch number ``batch`` (0-based) of the epoch counts."""
+        if self.sampler is not None:
+            return self.sampler.step(batch)
+        group = min(self.accum, len(self) - batch // self.accum * self.accum)
+        last = (batch + 1) % self.accum == 0 or batch + 1 == len(self)
+        return Step(self.batch_size, group * self.batch_size * self.world, last)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return -(-len(self) // self.accum)
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same on every process."""
+        if self.sampler is not None:
+            return len(self.sampler)
+        n = len(self.source)
+        return n // self.batch_size if self.training else -(-n // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.loader)

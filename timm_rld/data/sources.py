@@ -1,0 +1,289 @@
+"""From a dataset's name to its images: whatever timm's `create_dataset` reads, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import SampleError, UserError
+from ..hub import hub_in_reach
+
+SAMPLE_DIR = Path(__file__).parent / 'sample'
+SAMPLE_NOTE = (
+    'No --dataset or --data-dir: using the sample that ships with timm_rld '
+    '(UCI handwritten digits: 1,797 images, 10 classes, CC BY 4.0).'
+)
+STREAMED = ('hfids', 'wds', 'tfds')
+_SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
+
+
+@dataclass
+class Source:
+    """One split of a dataset.
+
+    Attributes:
+        dataset: as timm made it, without a transform. Indexable, or iterable where ``streamed``.
+        split: its name.
+        num_classes: how many there are.
+        class_names: by index, or None where the dataset does not name them.
+        streamed: whether it can only be read in order.
+        image_mode: PIL mode that images are converted to.
+    """
+
+    dataset: Any
+    split: str
+    num_classes: int
+    class_names: list[str] | None
+    streamed: bool
+    image_mode: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Decode one image. timm's own `__getitem__` would put the next image in the place of a broken one.
+
+        Raises:
+            SampleError: where it cannot be read, naming the file or index.
+        """
+        reader = getattr(self.dataset, 'reader', None)
+        try:
+            if reader is None:  # a torchvision dataset
+                image, target = self.dataset[index]
+                return image.convert(self.image_mode), int(target)
+            file, target = reader[index]
+            with file, Image.open(file) as image:
+                return image.convert(self.image_mode), int(target)
+        except Exception as e:
+            try:
+                name = reader.filename(index, absolute=True)
+            except Exception:
+                name = None
+            where = f' ({name})' if name else ''
+            raise SampleError(
+                f'image {index}{where} of split {self.split!r} cannot be read: {type(e).__name__}: {e}'
+            ) from e
+
+
+def open_split(
+    dataset: str | None,
+    split: str,
+    *,
+    flag: str,
+    data_dir: str | None = None,
+    is_training: bool = False,
+    num_classes: int | None = None,
+    class_map: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    num_samples: int | None = None,
+    in_chans: int = 3,
+    batch_size: int = 1,
+    seed: int = 42,
+    dataset_download: bool = False,
+) -> Source:
+    """Open one split of a dataset, checking all that can be checked before a run.
+
+    Args:
+        dataset: timm's dataset name (`hfds/…`, `hfids/…`, `wds/…`, `torch/…`); None for folders or tars in
+            ``data_dir``, or the sample if that is None too.
+        split: the split's name.
+        flag: the flag that named the split, for messages.
+        num_classes: where the dataset does not say it.
+
+    Raises:
+        UserError: a missing or empty folder, an unknown split, a missing column, labels that are not class indices.
+    """
+    if dataset is None and data_dir is None:
+        dataset = f'hfds/{SAMPLE_DIR}'
+    kind, sep, rest = (dataset or '').partition('/')
+    kind = kind.lower() if sep else ''
+    if dataset and kind not in ('hfds', 'torch', *STREAMED):
+        hint = f'hfds/{dataset}' if sep else f'--data-dir {dataset}'
+        raise UserError(
+            f"--dataset {dataset}: expected hfds/…, hfids/…, wds/… or torch/…; did you mean {hint}? "
+            f'(folders of images: --data-dir alone)'
+        )
+    if data_dir is not None:
+        data_dir = os.path.expanduser(data_dir)
+        if kind in ('', 'wds') and not os.path.exists(data_dir):
+            raise UserError(f'--data-dir {data_dir}: no such folder')
+    elif kind in ('torch', 'wds'):
+        raise UserError(f'--dataset {dataset}: needs --data-dir, the folder where it lies')
+
+    image_mode = {1: 'L', 3: 'RGB'}[in_chans]
+    kwargs: dict[str, Any] = dict(class_map=class_map, input_key=input_key, input_img_mode=image_mode)
+    if kind:
+        kwargs['target_key'] = target_key
+    if kind in ('torch', 'hfids', 'tfds'):
+        kwargs['download'] = dataset_download
+    if kind == 'torch':
+        kwargs = dict(download=dataset_download)
+    if kind in STREAMED:
+        kwargs.update(is_training=is_training, batch_size=batch_size, seed=seed, num_samples=num_samples)
+    name, root = dataset or '', data_dir
+    if not kind:
+        root = _find_split(data_dir, split, flag)
+        kwargs['search_split'] = False
+    if kind in ('hfds', 'hfids'):
+        _quiet_datasets()
+        path = os.path.expanduser(rest)
+        if os.path.exists(path):
+            name = f'{kind}/{path}'
+        else:
+            hub_in_reach()
+
+    from timm.data import create_dataset
+
+    try:
+        made = create_dataset(name, root=root, split=split, **kwargs)
+    except Exception as e:
+        raise _explain(e, kind, rest, root, split, flag, dataset_download) from e
+    source = Source(made, split, 0, None, kind in STREAMED, image_mode)
+    _read_classes(source, dataset or data_dir, flag, target_key or 'label', num_classes)
+    if not source.streamed and not len(source):
+        raise UserError(f'{flag} {split}: holds no images')
+    return source
+
+
+def open_splits(
+    dataset: str | None,
+    train_split: str,
+    val_split: str,
+    *,
+    train_num_samples: int | None = None,
+    val_num_samples: int | None = None,
+    batch_size: int = 1,
+    validation_batch_size: int = 1,
+    **kwargs: Any,
+) -> tuple[Source, Source]:
+    """Open the training and the validation split of a dataset; arguments as :func:`open_split`.
+
+    Raises:
+        UserError: also where the two do not have the same classes.
+    """
+    train = open_split(
+        dataset, train_split, flag='--train-split', is_training=True, num_samples=train_num_samples,
+        batch_size=batch_size, **kwargs,
+    )  # fmt: skip
+    val = open_split(
+        dataset, val_split, flag='--val-split', num_samples=val_num_samples, batch_size=validation_batch_size, **kwargs
+    )
+    check_same_classes(train, val)
+    return train, val
+
+
+def check_same_classes(train: Source, val: Source) -> None:
+    """Raise UserError unless both splits have the same classes in the same order, naming the first differences."""
+    a, b = train.class_names, val.class_names
+    if a is not None and b is not None and a != b:
+        if missing := [repr(x) for x in a if x not in b]:
+            what = f'{", ".join(missing[:5])} only in {train.split!r}'
+        elif missing := [repr(x) for x in b if x not in a]:
+            what = f'{", ".join(missing[:5])} only in {val.split!r}'
+        else:
+            i = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+            what = f'class {i} is {a[i]!r} in {train.split!r}, {b[i]!r} in {val.split!r}'
+        raise UserError(
+            f'--train-split {train.split} and --val-split {val.split} have different classes: {what}. '
+            'A --class-map FILE (a name a line) gives both the same list.'
+        )
+    if val.num_classes > train.num_classes:
+        raise UserError(
+            f'--train-split {train.split} has {train.num_classes} classes, --val-split {val.split} {val.num_classes}'
+        )
+
+
+def _quiet_datasets() -> None:
+    """Spare a run the progress bars of reading its own cache."""
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def _find_split(root: str, split: str, flag: str) -> str:
+    """The folder or .tar of a split below ``root``, under timm's synonyms. timm itself would fall back to ``root``,
+    and train and validate on the same images."""
+    if os.path.isfile(root):
+        raise UserError(f'--data-dir {root}: one file holds one split; name a folder with train.tar and validation.tar')
+    names = next((s for s in _SPLIT_SYNONYMS if split in s), ())
+    for name in (split, *names):
+        for candidate in (os.path.join(root, name), os.path.join(root, name + '.tar')):
+            if os.path.exists(candidate):
+                return candidate
+    there = sorted(p.name.removesuffix('.tar') for p in Path(root).iterdir() if p.is_dir() or p.suffix == '.tar')
+    listed = ', '.join(there[:8]) + (', …' if len(there) > 8 else '') if there else 'no folder at all'
+    raise UserError(f"{flag} {split}: no such folder in --data-dir {root} (there: {listed})")
+
+
+def _explain(
+    e: Exception, kind: str, name: str, root: str | None, split: str, flag: str, download: bool
+) -> UserError:
+    """What a user needs to know of an exception from timm's ``create_dataset``."""
+    text = ' '.join(str(e).split()) or type(e).__name__
+    if kind in ('hfds', 'hfids'):
+        import datasets
+
+        dataset = f'--dataset {kind}/{name}'
+        try:
+            splits = datasets.get_dataset_split_names(name)
+        except Exception:
+            if os.path.exists(name):
+                return UserError(f'{dataset}: no dataset in this folder ({text})')
+            why = '' if hub_in_reach() else '; the Hub is out of reach'
+            return UserError(f'{dataset}: not found, neither as a folder nor on the Hub{why} ({text})')
+        if split.split('[')[0] not in splits:
+            return UserError(f'{flag} {split}: no such split in {dataset} (there: {", ".join(splits)})')
+        return UserError(f'{dataset}: {text}')
+    if kind == 'torch':
+        hint = '' if download else '; --dataset-download fetches it'
+        return UserError(f'--dataset {kind}/{name} in --data-dir {root}: {text}{hint}')
+    return UserError(f'--dataset {kind}/{name}: {text}' if kind else f'--data-dir {root}: {text}')
+
+
+def _read_classes(source: Source, name: str, flag: str, target_key: str, num_classes: int | None) -> None:
+    """Fill in the class names and their number, and check the labels where that costs nothing."""
+    reader = getattr(source.dataset, 'reader', None)
+    mapping = getattr(reader, 'class_to_idx', None) or {}
+    labels = None
+    columns = getattr(reader, 'dataset', None)
+    if hasattr(columns, 'unique') and not getattr(reader, 'remap_class', False):
+        # timm's reader casts the image column, which adds one of None where there is no such column
+        no_image = len(columns) > 0 and columns[0][reader.image_key] is None
+        shown = ', '.join(c for c in columns.column_names if not (no_image and c == reader.image_key))
+        if no_image:
+            raise UserError(f'--input-key {reader.image_key}: no such image column in {name} (columns: {shown})')
+        if target_key not in columns.column_names:
+            raise UserError(f'--target-key {target_key}: no such label column in {name} (columns: {shown})')
+        labels = columns.unique(target_key)
+        if not all(isinstance(x, (int, np.integer)) for x in labels):
+            odd = next(x for x in labels if not isinstance(x, (int, np.integer)))
+            raise UserError(
+                f'--target-key {target_key}: expected class indices, found {odd!r}; '
+                'give an integer column, or name the classes with --class-map FILE'
+            )
+        if labels and min(labels) < 0:
+            raise UserError(f'{flag} {source.split}: label {min(labels)} found; this split has no labels to use')
+    if mapping:
+        source.num_classes = max(mapping.values()) + 1
+        by_index = {i: str(n) for n, i in mapping.items()}
+        if len(by_index) == source.num_classes:
+            source.class_names = [by_index[i] for i in range(source.num_classes)]
+    elif getattr(source.dataset, 'classes', None):
+        source.class_names = [str(c) for c in source.dataset.classes]
+        source.num_classes = len(source.class_names)
+    elif labels:
+        source.num_classes = max(labels) + 1
+    elif num_classes is None:
+        raise UserError(f'{name} does not say how many classes it has; give --num-classes N')
+    if labels and source.class_names and max(labels) >= source.num_classes:
+        raise UserError(f'{flag} {source.split}: label {max(labels)} with {source.num_classes} classes')
+    if num_classes is not None:
+        if num_classes < source.num_classes or (source.class_names and num_classes != source.num_classes):
+            raise UserError(f'--num-classes {num_classes}: {name} ({source.split}) has {source.num_classes}')
+        source.num_classes = num_classes

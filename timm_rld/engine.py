@@ -1,0 +1,309 @@
+"""fit() and evaluate() on Accelerate, with timm's optimizers and schedulers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationEvaluator
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+
+from .config import Config, warmup_epochs
+from .data import Loader, Mixing
+from .errors import UsageError, UserError, did_you_mean
+from .runs import Means, Progress, append_row
+from .task import DistillationTask
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+def create_accelerator(config: Config) -> Accelerator:
+    """Start Accelerate as `accelerate launch` says, and set torch's threads on the CPU.
+
+    Raises:
+        UserError: where the launcher started several processes that do not know of each other, or a tracker is not
+            installed.
+        UsageError: for an unknown tracker.
+    """
+    _check_trackers(config.report_to)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            # fit() divides by the group's true size itself: Accelerate divides the last, smaller group by the full one
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            log_with=list(config.report_to) or None,
+            project_config=ProjectConfiguration(),
+        )
+    except ValueError as e:
+        raise UserError(f'--mixed-precision {config.mixed_precision}: {str(e).splitlines()[0]}') from e
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    if world_size != accelerator.num_processes:
+        raise UserError(
+            f'the launcher started {world_size} processes (WORLD_SIZE), Accelerate knows of {accelerator.num_processes}:'
+            ' each would train alone and overwrite the others.\nWithout GPUs: '
+            f'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world_size} …'
+        )
+    if config.cpu_threads or accelerator.device.type == 'cpu':
+        local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        torch.set_num_threads(config.cpu_threads or max(1, _cores() // local))
+    return accelerator
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _check_trackers(names: Iterable[str]) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = [str(n) for n in LOGGER_TYPE_TO_CLASS]
+    installed = [str(getattr(n, 'value', n)) for n in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UsageError(f'--report-to {name}: unknown tracker{did_you_mean(name, known)}; known: {", ".join(known)}')
+        if name not in installed:
+            raise UserError(f'--report-to {name}: not installed (pip install {name})')
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+@torch.inference_mode()
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    loader: Loader,
+    accelerator: Accelerator,
+    reference: Tensor | None = None,
+) -> tuple[dict[str, float], Tensor]:
+    """Loss and accuracy over a validation split, each image counted once, whatever the number of processes.
+
+    Args:
+        predict: pixels `[B, C, H, W]` → logits `[B, C]`. Not a DDP module: its collectives would hang where processes
+            have different numbers of batches.
+        loader: of the split.
+        reference: predictions of another network from an earlier call with this loader.
+
+    Returns:
+        `loss` (cross-entropy), `top1`, `top5` (percent), with a reference also `agreement` (percentage of images where
+        both predict the same class); and this process's predicted classes `[n]`.
+    """
+    device = accelerator.device
+    evaluator = ClassificationEvaluator(device)
+    predictions = []
+    loader.set_epoch(0)
+    for pixels, target, _ in loader:
+        pixels, target = pixels.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        with accelerator.autocast():
+            logits = predict(pixels)
+        evaluator.update(logits, target)
+        predictions.append(logits.argmax(dim=1))
+    metrics = dict(evaluator.compute(distributed=accelerator.num_processes > 1))
+    predicted = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64, device=device)
+    if reference is not None:
+        same = torch.stack([(predicted == reference).sum(), torch.tensor(len(predicted), device=device)])
+        agreed, total = accelerator.reduce(same, 'sum').tolist()
+        metrics['agreement'] = 100 * agreed / max(total, 1)
+    return metrics, predicted
+
+
+# ----------------------------------------------------------------------------------------------------------------- fit
+
+
+def fit(
+    task: DistillationTask,
+    train_loader: Loader,
+    val_loader: Loader,
+    accelerator: Accelerator,
+    config: Config,
+    *,
+    epochs: int,
+    log_file: Path,
+    reference: Tensor | None = None,
+    title: str = 'student',
+) -> list[dict[str, float]]:
+    """Train a task's module for some epochs, evaluating after each.
+
+    Each optimizer step averages its gradient over the samples that it really has, over all processes and batches of its
+    accumulation group, the last incomplete one included.
+
+    Args:
+        task: its ``trainable_module`` is trained in place, and is left on the device, unwrapped.
+        train_loader, val_loader: sharded already.
+        config: optimizer, schedule, mixing, EMA, clipping and logging settings.
+        log_file: a CSV with a row an epoch.
+        reference: the teacher's predictions on ``val_loader``, for the agreement.
+        title: for progress lines.
+
+    Returns:
+        The rows of the log.
+
+    Raises:
+        UserError: where the loss is not finite.
+    """
+    device, world = accelerator.device, accelerator.num_processes
+    module = task.trainable_module
+    task.to(device)
+    channels_last = config.channels_last
+    if channels_last is None:
+        channels_last = device.type == 'cuda' and accelerator.mixed_precision != 'no'
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    task.to(memory_format=memory_format)
+    if config.model_ema:
+        task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+    optimizer = create_optimizer(module, config)
+    scheduler = create_scheduler(optimizer, config, epochs, train_loader.updates_per_epoch)
+    if config.torchcompile:
+        task.compile()
+    task.eval_model = task.trainable_module  # what evaluate() may call: not yet in DDP
+    task.trainable_module, optimizer = accelerator.prepare(task.trainable_module, optimizer)
+    mixing = Mixing(
+        mixup=config.mixup, cutmix=config.cutmix, cutmix_minmax=config.cutmix_minmax, prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob, off_epoch=config.mixup_off_epoch, seed=config.seed,
+    )  # fmt: skip
+    progress = Progress(accelerator.is_main_process, title, epochs, len(train_loader), config.log_interval)
+    history: list[dict[str, float]] = []
+    updates = 0
+
+    for epoch in range(1, epochs + 1):
+        task.train()
+        task.set_epoch(epoch)
+        train_loader.set_epoch(epoch)
+        means = Means(device)
+        lr = optimizer.param_groups[0]['lr']
+        started = time.perf_counter()
+        for batch, (pixels, target, _) in enumerate(train_loader):
+            step = train_loader.step(batch)
+            pixels = pixels.to(device, non_blocking=True, memory_format=memory_format)
+            pixels, target = mixing(pixels, target.to(device, non_blocking=True), epoch, batch)
+            with contextlib.nullcontext() if step.last else accelerator.no_sync(task.trainable_module):
+                with accelerator.autocast():
+                    result = task(pixels, target)
+                # DDP averages over processes: times their number, it is a sum
+                accelerator.backward(result['loss'] * (step.count * world / step.group))
+            means.add(result, step.count)
+            if step.last:
+                if config.clip_grad is not None:
+                    accelerator.unscale_gradients(optimizer)
+                    dispatch_clip_grad(task.get_clip_parameters(config.clip_mode == 'agc'), config.clip_grad, config.clip_mode)
+                optimizer.step()
+                optimizer.zero_grad()
+                updates += 1
+                task.update_ema(step=updates)
+                scheduler.step_update(updates)
+            if progress.due(batch):
+                progress.show(epoch, batch, means.local(), optimizer.param_groups[0]['lr'], means.count * world)
+        train = means.over_processes(accelerator)
+        seconds = time.perf_counter() - started
+        images = train.pop('count')
+        if not math.isfinite(train['loss']):
+            raise UserError(f'the training loss is {train["loss"]} in epoch {epoch} of the {title}; try a lower --lr')
+        task.eval()
+        eval_model = task.get_eval_model()
+        metrics, _ = evaluate(lambda pixels: eval_model(task.view(pixels)), val_loader, accelerator, reference)
+        row = {
+            'epoch': epoch,
+            'train_loss': train.pop('loss'),
+            'train_task_loss': train.pop('task_loss'),
+            'train_kd_loss': train.pop('kd_loss', math.nan),
+            **{f'eval_{k}': metrics[k] for k in ('loss', 'top1', 'top5')},
+            'lr': lr,
+            'images_per_second': images / seconds,
+        }
+        if 'agreement' in metrics:
+            row['eval_agreement'] = metrics['agreement']
+        if task.has_ema():
+            ema_model = task.get_eval_model(ema=True)
+            ema, _ = evaluate(lambda pixels: ema_model(task.view(pixels)), val_loader, accelerator, reference)
+            row.update({f'eval_{k}_ema': v for k, v in ema.items()})
+        row.update({f'train_{k}': v for k, v in train.items()})
+        history.append(row)
+        scheduler.step(epoch, metrics['top1'])
+        progress.end_epoch(row)
+        accelerator.log({f'{title}/{k}': v for k, v in row.items()}, step=epoch)
+        if accelerator.is_main_process:
+            append_row(log_file, row)
+    task.trainable_module = accelerator.unwrap_model(
+        task.trainable_module, keep_fp32_wrapper=False, keep_torch_compile=False
+    )
+    accelerator.free_memory()
+    return history
+
+
+def create_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """timm's optimizer of that name, with the settings of a run.
+
+    Raises:
+        UserError: for options that the optimizer does not take.
+    """
+    kwargs = dict(config.opt_kwargs)
+    if config.opt_eps is not None:
+        kwargs['eps'] = config.opt_eps
+    if config.opt_betas is not None:
+        kwargs['betas'] = config.opt_betas
+    try:
+        return create_optimizer_v2(
+            module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+            filter_bias_and_bn=not config.weight_decay_all, **kwargs,
+        )  # fmt: skip
+    except (TypeError, ValueError, AssertionError, ImportError) as e:
+        raise UserError(f'--opt {config.opt}: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
+
+
+def check_optimizer(config: Config) -> None:
+    """Raise an error, before anything is built, for an optimizer or schedule that cannot be had with these settings."""
+    known = list_optimizers()
+    if config.opt.lower() not in known:
+        raise UsageError(f'--opt {config.opt}: unknown optimizer{did_you_mean(config.opt, known)}')
+    optimizer = create_optimizer(nn.Linear(2, 2), config)
+    for epochs in filter(None, (config.epochs, config.teacher_epochs)):
+        create_scheduler(optimizer, config, epochs, 1)
+
+
+def create_scheduler(
+    optimizer: torch.optim.Optimizer, config: Config, epochs: int, updates_per_epoch: int
+) -> Scheduler | _NoScheduler:
+    """timm's scheduler of that name. It stays out of `accelerator.prepare`, which would step it once a process."""
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=epochs - config.cooldown_epochs,
+            decay_epochs=config.decay_epochs,
+            decay_milestones=list(config.decay_milestones),
+            cooldown_epochs=config.cooldown_epochs,
+            decay_rate=config.decay_rate,
+            min_lr=config.min_lr,
+            warmup_lr=config.warmup_lr,
+            warmup_epochs=warmup_epochs(config, epochs),
+            step_on_epochs=not config.sched_on_updates,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (ValueError, AssertionError) as e:
+        raise UserError(f'--sched {config.sched}: {str(e).splitlines()[0]}') from e
+    if scheduler is None:
+        return _NoScheduler()
+    if config.sched_on_updates:
+        scheduler.step_update(0)
+    else:
+        scheduler.step(0)
+    return scheduler
+
+
+class _NoScheduler:
+    """`--sched none`: the rate stays as it is."""
+
+    def step(self, *args: Any) -> None: ...
+
+    def step_update(self, *args: Any) -> None: ...

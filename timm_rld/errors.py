@@ -1,0 +1,61 @@
+"""The errors a user can cause. Each message names the flag or file, the value, and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """Something a user can mend: a missing folder, a teacher that does not fit. The program exits with code 1."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A wrong flag, YAML key or value. The program exits with code 2."""
+
+    exit_code = 2
+
+
+class SampleError(UserError):
+    """An image or label that cannot be read. Raised in a worker, for one process only."""
+
+
+def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
+    """Return ``" (did you mean 'a', 'b'?)"`` for the names nearest to ``name``, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.6)
+    return f" (did you mean {', '.join(repr(x) for x in near)}?)" if near else ""
+
+
+def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
+    """Run a command-line program; turn exceptions into one or two lines on stderr.
+
+    Of several processes the first speaks for all, save for what only one of them can know.
+
+    Returns:
+        The exit code: 0; a :class:`UserError`'s own; 1 for any other failure; 130 when interrupted.
+    """
+    rank = int(os.environ.get('RANK', 0))
+    try:
+        program()
+        return 0
+    except KeyboardInterrupt:
+        print(f'{name}: interrupted', file=sys.stderr)
+        return 130
+    except UserError as e:
+        message, code = str(e), e.exit_code
+        if isinstance(e, SampleError):  # from a worker it comes with the worker's traceback around it
+            message = message.strip().splitlines()[-1].partition('SampleError: ')[-1] or message
+        elif rank and not debug:
+            return code
+    except Exception as e:
+        message, code = f'{type(e).__name__}: {e} (--debug shows where)', 1
+    if debug:
+        traceback.print_exc()
+    prefix = f'[process {rank}] ' if rank else ''
+    print(f'{prefix}{name}: error: {message}', file=sys.stderr)
+    return code

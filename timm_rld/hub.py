@@ -1,0 +1,107 @@
+"""The Hugging Face Hub: is it in reach, and a model as a plain timm folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+PROBE_SECONDS = 3.0
+
+# What an exported config must not inherit from the base weights: it would say that ours are theirs.
+_BASE_WEIGHTS_KEYS = ('tag', 'origin_url', 'paper_ids', 'paper_name', 'license', 'description', 'notes')
+
+
+@functools.cache
+def hub_in_reach() -> bool:
+    """Ask the Hub once per process whether it answers, for at most 3 s; if not, switch its client to offline mode.
+
+    Offline, whatever is in the local cache still loads, and whatever is not fails at once, rather than after the
+    client's 45 s of retries.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answered = threading.Event()
+
+    def probe() -> None:  # in a thread: a look-up of the host's name knows no timeout
+        try:
+            urllib.request.urlopen(
+                urllib.request.Request(constants.ENDPOINT, method='HEAD'), timeout=PROBE_SECONDS
+            ).close()
+            answered.set()
+        except urllib.error.HTTPError:
+            answered.set()
+        except Exception:
+            pass
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    if not answered.is_set():
+        constants.HF_HUB_OFFLINE = True
+        try:
+            import datasets
+
+            datasets.config.HF_HUB_OFFLINE = True
+        except ImportError:
+            pass
+    return answered.is_set()
+
+
+def export_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    data_config: dict[str, Any],
+    label_names: list[str] | None = None,
+) -> Path:
+    """Write a timm model folder (config.json, model.safetensors) that `timm.create_model('local-dir:…')` reads.
+
+    The folder appears whole or not at all. What the config would inherit from the base weights and is no longer true
+    (tag, origin, papers, license, test size and crop) is left out or overwritten.
+
+    Args:
+        model: a timm model, unwrapped.
+        folder: is replaced if it exists.
+        data_config: preprocessing used in validation: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        label_names: class names by index.
+
+    Returns:
+        The folder.
+    """
+    from timm.models import save_for_hf
+
+    folder = Path(folder)
+    parts = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
+    data_config = dict(
+        data_config, test_input_size=data_config['input_size'], test_crop_pct=data_config['crop_pct']
+    )
+    try:
+        save_for_hf(
+            model,
+            parts,
+            model_config=dict(label_names=list(label_names)) if label_names else {},
+            safe_serialization=True,
+            data_config=data_config,
+        )
+        config_file = parts / 'config.json'
+        config = json.loads(config_file.read_text(encoding='utf-8'))
+        for key in _BASE_WEIGHTS_KEYS:
+            config['pretrained_cfg'].pop(key, None)
+        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding='utf-8')
+        if folder.exists():
+            shutil.rmtree(folder)
+        parts.rename(folder)
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+    return folder

@@ -1,0 +1,96 @@
+"""What every criterion shares: the checks on its input, the precision it works in, logit standardisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ._ops import standardize
+
+
+class DistillLoss(nn.Module):
+    """A distillation criterion: `criterion(student_logits, teacher_logits, target)` gives its unweighted loss.
+
+    Whatever the logits' dtype and whatever autocast says, the work is done in float32 (float64 stays float64). The
+    result is a 0-d tensor, the mean over the batch.
+
+    Subclasses write :meth:`loss`, and may fill ``self.diagnostics`` with detached 0-d tensors, and may have a
+    ``set_epoch(epoch)`` (1-based) where the criterion changes over the run.
+
+    Attributes:
+        needs_target: whether the loss depends on ``target``. If not, ``target`` is ignored and may be None.
+        diagnostics: figures about the last batch, detached 0-d tensors by name.
+    """
+
+    needs_target = False
+    standardize = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.diagnostics: dict[str, Tensor] = {}
+        self._checked_on: set[torch.device] = set()
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Compute the distillation term.
+
+        Args:
+            student_logits: `[B, C]`, any floating dtype.
+            teacher_logits: `[B, C]`, any floating dtype; no gradient flows into them.
+            target: class indices `[B]`, int64.
+
+        Raises:
+            ValueError: if shapes, the target or the teacher's values are not as described. Values are read on the
+                CPU always, on other devices at the first call only, since reading them waits for the device.
+        """
+        self._check(student_logits, teacher_logits, target)
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        with torch.autocast(student_logits.device.type, enabled=False):
+            student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
+            if self.standardize:
+                student, teacher = standardize(student), standardize(teacher)
+            return self.loss(student, teacher, target)
+
+    def loss(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """The criterion's formula on checked logits `[B, C]` of one dtype, float32 or float64."""
+        raise NotImplementedError
+
+    def _check(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+        name = type(self).__name__
+        if student.ndim != 2 or not student.is_floating_point() or student.shape[1] < 2:
+            raise ValueError(
+                f'{name}: expected floating-point student logits [B, C] with C >= 2, got {_describe(student)}'
+            )
+        if teacher.shape != student.shape or not teacher.is_floating_point():
+            raise ValueError(
+                f'{name}: expected teacher logits like the student\'s {_describe(student)}, got {_describe(teacher)}'
+            )
+        if self.needs_target:
+            if target is None:
+                raise ValueError(f'{name}: needs the class indices [B] as target, got None')
+            if target.ndim != 1 or target.shape[0] != student.shape[0] or target.is_floating_point():
+                raise ValueError(
+                    f'{name}: expected class indices [{student.shape[0]}] as target, got {_describe(target)}'
+                    + (' (a soft target: this criterion needs an index)' if target.is_floating_point() else '')
+                )
+        if torch.compiler.is_compiling() or (student.device.type != 'cpu' and student.device in self._checked_on):
+            return
+        self._checked_on.add(student.device)
+        if torch.isnan(teacher).any():
+            raise ValueError(f'{name}: the teacher\'s logits hold NaN')
+        if self.needs_target and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < student.shape[1]:
+            raise ValueError(
+                f'{name}: expected targets in 0..{student.shape[1] - 1}, got {int(target.min())}..{int(target.max())}'
+            )
+
+
+def check_temperature(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise ValueError where it is not a positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+        raise ValueError(f'{name} must be a positive number, got {value!r}')
+    return float(value)
+
+
+def _describe(x: Tensor) -> str:
+    return f'{str(x.dtype).removeprefix("torch.")} {list(x.shape)}'

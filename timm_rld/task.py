@@ -1,0 +1,140 @@
+"""The distillation step as a timm TrainingTask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.loss import create_classification_loss
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+from .data.mixing import MixedTarget
+from .loss import CRITERIA, DistillLoss, create_distill_loss
+from .pairing import InputView, Teacher, input_view
+
+
+class DistillationTask(TrainingTask):
+    """Cross-entropy and a distillation term: task_loss_weight · CE + distill_loss_weight · ramp · criterion.
+
+    The ramp is min(epoch / warmup_epochs, 1), epoch 1-based, once :meth:`set_epoch` has been called.
+
+    It takes batches in two forms. uint8 pixels `[B, C, H, W]` are normalised for each network by its own view. Floating
+    inputs are taken as normalised for the student, as in timm's own loop, and are turned into the teacher's
+    normalisation.
+
+    Args:
+        student: the model to train.
+        teacher: a :class:`Teacher`, or a model (which is wrapped in one). None where nothing is distilled.
+        criterion: from :func:`create_distill_loss`, or its name. None for cross-entropy alone.
+        task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row.
+        smoothing: label smoothing of the cross-entropy.
+        view: of the student; None for that of its `pretrained_cfg`.
+        device, dtype, verbose: as in timm.
+
+    Raises:
+        ValueError: a criterion without a teacher.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | nn.Module | None,
+        criterion: DistillLoss | Callable[..., Tensor] | str | None = 'rld',
+        *,
+        task_loss_weight: float | None = None,
+        distill_loss_weight: float | None = None,
+        warmup_epochs: int | None = None,
+        smoothing: float = 0.0,
+        view: InputView | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        if isinstance(criterion, str):
+            criterion = None if criterion == 'none' else create_distill_loss(criterion)
+        if criterion is not None and teacher is None:
+            raise ValueError('a distillation criterion needs a teacher')
+        if teacher is not None and not isinstance(teacher, Teacher):
+            teacher = Teacher(teacher)
+        row = CRITERIA['none'] if criterion is None else CRITERIA.get(getattr(criterion, 'name', ''))
+        published = (row.task_weight, row.distill_weight, row.warmup_epochs) if row else (1.0, 1.0, 0)
+        given = (task_loss_weight, distill_loss_weight, warmup_epochs)
+        self.task_loss_weight, self.distill_loss_weight, self.warmup_epochs = (
+            p if g is None else g for p, g in zip(published, given)
+        )
+        self.trainable_module = student
+        self.teacher = teacher
+        self.view = view if view is not None else input_view(student)
+        self.criterion = criterion
+        self.task_criterion = create_classification_loss('ce', smoothing=smoothing)
+        self.ramp = 1.0
+        self.to(self.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the task, and a criterion that changes over the run, the epoch (1-based)."""
+        self.ramp = min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+        if hasattr(self.criterion, 'set_epoch'):
+            self.criterion.set_epoch(epoch)
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> DistillationTask:
+        """Wrap the student in DDP, and not the teacher."""
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the forward passes of student and teacher."""
+        kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = torch.compile(self.trainable_module, **kwargs)
+        self.eval_model = self.trainable_module
+        if self.teacher is not None:
+            self.teacher.compile(**kwargs)
+        return self.trainable_module
+
+    def forward(self, input: Tensor, target: Tensor | MixedTarget) -> dict[str, Tensor]:
+        """One step's forward pass.
+
+        Args:
+            input: uint8 pixels, or floats normalised for the student, `[B, C, H, W]`.
+            target: class indices `[B]`. Of mixed images a :class:`MixedTarget`: then each loss is
+                λ · L(a) + (1-λ) · L(b), since a criterion like RLD needs the class, not a soft target.
+
+        Returns:
+            `loss` (for backward), `output` (student logits `[B, C]`), `task_loss` (cross-entropy), `kd_loss` (the
+            criterion, before weight and ramp) and the criterion's diagnostics; all but `output` are 0-d.
+        """
+        raw = not input.is_floating_point()
+        output = self.trainable_module(self.view(input) if raw else input)
+        logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        task_loss = _mixed(target, lambda index: self.task_criterion(logits, index))
+        result = {'loss': self.task_loss_weight * task_loss, 'output': output, 'task_loss': task_loss.detach()}
+        if self.criterion is None:
+            return result
+        teacher_logits = self.teacher(input if raw else self.view.pixels(input))
+        if isinstance(target, MixedTarget) and not getattr(self.criterion, 'needs_target', True):
+            target = target.a
+        figures: list[dict[str, Tensor]] = []
+
+        def distill(index: Tensor) -> Tensor:
+            loss = self.criterion(logits, teacher_logits, index)
+            figures.append(getattr(self.criterion, 'diagnostics', {}))
+            return loss
+
+        kd_loss = _mixed(target, distill)
+        result['loss'] = result['loss'] + self.distill_loss_weight * self.ramp * kd_loss
+        result['kd_loss'] = kd_loss.detach()
+        for name, figure in figures[0].items():
+            other = figures[-1][name]
+            result[name] = figure if len(figures) == 1 else other.lerp(figure, target.lam)
+        return result
+
+
+def _mixed(target: Tensor | MixedTarget, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """loss(target), or λ · loss(a) + (1-λ) · loss(b) for a mixed target."""
+    if isinstance(target, MixedTarget):
+        return target.lam * loss(target.a) + (1 - target.lam) * loss(target.b)
+    return loss(target)
