@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from timm_rld.config import Config, parse_args, resolve, to_yaml, uses_sample
-from timm_rld.errors import UsageError, UserError, run_main
+from timm_rld.errors import UsageError, run_main
 
 
 def run(config: Config, command: str = '') -> dict[str, Any]:
@@ -37,8 +37,11 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         raise UsageError(f'--distill {config.distill}: {e}') from e
     engine.check_optimizer(resolve(config))
     accelerator = engine.create_accelerator(config)
-    config = resolve(config, accelerator.num_processes)
-    say = print if accelerator.is_main_process else lambda *_: None
+    config = resolve(
+        config, accelerator.num_processes, task_loss_weight=row.task_weight, distill_loss_weight=row.distill_weight,
+        distill_warmup_epochs=row.warmup_epochs,
+    )  # fmt: skip
+    say = accelerator.print  # on the main process alone
 
     # ---- data
     if uses_sample(config):
@@ -52,67 +55,47 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     num_classes, class_names = train_split.num_classes, train_split.class_names
 
     # ---- pair
-    set_seed(config.seed)
-    pair = pairing.create_student(
-        config.student, num_classes, pretrained=config.student_pretrained,
-        crop_pct=config.crop_pct or (1.0 if config.train_crop_mode == 'pad' else None),
-        drop_rate=config.drop, drop_path_rate=config.drop_path,
-        **config.pick('in_chans', 'img_size', 'mean', 'std', 'interpolation'), **config.model_kwargs,
-    )  # fmt: skip
-    shape = pair.data_config['input_size']
     fit_teacher = config.teacher is not None and config.teacher_epochs > 0
-    set_seed(config.seed)
-    if config.teacher is not None:
-        pair.teacher = pairing.create_teacher(
-            config.teacher, num_classes, class_names=class_names, pretrained=config.teacher_pretrained,
-            checkpoint=config.teacher_checkpoint, class_map=config.teacher_class_map, to_fit=fit_teacher,
-            in_chans=config.in_chans, view_size=shape[-1], img_size=config.teacher_img_size,
-            mean=config.teacher_mean, std=config.teacher_std,
-        )  # fmt: skip
-    trained = [pair.student, pair.teacher] if fit_teacher else [pair.student]
-
-    # ---- loaders
-    view = {k: pair.data_config[k] for k in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
-    augment = data.train_transform(
-        shape, mean=view.pop('mean'), std=view.pop('std'), interpolation=config.train_interpolation,
-        **config.pick('no_aug', 'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter',
-                      'aa', 'reprob', 'remode', 'recount'),
+    pair = pairing.create_pair(
+        config.teacher, config.student, num_classes, class_names=class_names, fit_teacher=fit_teacher,
+        crop_pct=config.crop_pct or (1.0 if config.train_crop_mode == 'pad' else None),
+        student_kwargs={'drop_rate': config.drop, 'drop_path_rate': config.drop_path, **config.model_kwargs},
+        **config.pick('seed', 'in_chans', 'img_size', 'mean', 'std', 'interpolation', 'student_pretrained',
+                      'teacher_pretrained', 'teacher_checkpoint', 'teacher_class_map', 'teacher_img_size',
+                      'teacher_mean', 'teacher_std'),
     )  # fmt: skip
-    place = dict(
-        seed=config.seed, rank=accelerator.process_index, world=accelerator.num_processes, workers=config.workers,
-        pin_memory=accelerator.device.type == 'cuda',
+    student, teacher = pair.student, pair.teacher
+    trained = [student, teacher] if fit_teacher else [student]
+    train_loader, val_loader = data.create_loaders(
+        train_split, val_split, pair.data_config, min_batch=2 if any(map(pairing.has_batch_norm, trained)) else 0,
+        rank=accelerator.process_index, world=accelerator.num_processes, pin_memory=accelerator.device.type == 'cuda',
+        **config.pick('batch_size', 'validation_batch_size', 'grad_accum_steps', 'seed', 'workers', 'no_aug',
+                      'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa',
+                      'train_interpolation', 'reprob', 'remode', 'recount'),
     )  # fmt: skip
-    train_loader = data.Loader(
-        train_split, augment, config.batch_size, training=True, accum=config.grad_accum_steps,
-        min_batch=2 if any(map(pairing.has_batch_norm, trained)) else 0, **place,
-    )  # fmt: skip
-    center = data.eval_transform(shape, **view)
-    val_loader = data.Loader(val_split, center, config.validation_batch_size, training=False, **place)
-    config.img_size = shape[-1]
+    config.img_size = pair.data_config['input_size'][-1]
     run_folder = runs.open_run(config, accelerator)
     if accelerator.is_main_process:
         (run_folder / 'args.yaml').write_text(to_yaml(config), encoding='utf-8')
     accelerator.init_trackers('timm_rld', config={'command': command})
 
-    # ---- teacher
-    teacher, reference = pair.teacher, None
-    if fit_teacher:
-        task = DistillationTask(
-            teacher.model.requires_grad_(True), None, None, smoothing=config.smoothing, view=teacher.view
-        )
+    def fit(task: DistillationTask, epochs: int, log: str, **kwargs: Any) -> list[dict[str, float]]:
         set_seed(config.seed, device_specific=True)
-        engine.fit(
-            task, train_loader, val_loader, accelerator, config, epochs=config.teacher_epochs, title='teacher',
-            log_file=run_folder / 'teacher.csv',
-        )  # fmt: skip
+        return engine.fit(
+            task, train_loader, val_loader, accelerator, config, epochs=epochs, log_file=run_folder / log, **kwargs
+        )
+
+    # ---- teacher
+    teacher_top1 = reference = None
+    if fit_teacher:
+        model = teacher.model.requires_grad_(True)
+        task = DistillationTask(model, None, None, smoothing=config.smoothing, view=teacher.view)
+        fit(task, config.teacher_epochs, 'teacher.csv', title='teacher')
         if task.has_ema():
-            teacher.model.load_state_dict(task.trainable_module_ema.module.state_dict())
+            model.load_state_dict(task.trainable_module_ema.module.state_dict())
         teacher.requires_grad_(False).eval()
         if accelerator.is_main_process:
-            export_model(
-                teacher.model, run_folder / 'teacher', data_config=pair.teacher_data_config, label_names=class_names
-            )
-    teacher_top1 = None
+            export_model(model, run_folder / 'teacher', data_config=pair.teacher_data_config, label_names=class_names)
     if teacher is not None:
         metrics, reference = engine.evaluate(teacher.to(accelerator.device), val_loader, accelerator)
         teacher_top1 = metrics['top1']
@@ -121,31 +104,26 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     # ---- loss, task, fit
     task = DistillationTask(
-        pair.student, teacher if criterion is not None else None, criterion, smoothing=config.smoothing, view=pair.view,
+        student, teacher if criterion is not None else None, criterion, smoothing=config.smoothing, view=pair.view,
         warmup_epochs=config.distill_warmup_epochs, **config.pick('task_loss_weight', 'distill_loss_weight'),
     )  # fmt: skip
     if criterion is not None and task.warmup_epochs > config.epochs:
-        say(f'note: the distillation term ramps up over {task.warmup_epochs} epochs (--distill-warmup-epochs), '
-            f'this run has {config.epochs}')  # fmt: skip
-    set_seed(config.seed, device_specific=True)
-    history = engine.fit(
-        task, train_loader, val_loader, accelerator, config, epochs=config.epochs, reference=reference,
-        log_file=run_folder / 'summary.csv',
-    )  # fmt: skip
+        say(f'note: distillation ramps up over {task.warmup_epochs} epochs (--distill-warmup-epochs), '
+            f'the run has {config.epochs}')  # fmt: skip
+    history = fit(task, config.epochs, 'summary.csv', reference=reference)
 
     # ---- export
     last, best = history[-1], max(history, key=lambda r: r['eval_top1'])
     results = dict(
-        config.pick('teacher', 'student', 'distill'), distill_options={**row.options, **options},
-        num_classes=num_classes, epochs=config.epochs, teacher_top1=teacher_top1, student_top1=last['eval_top1'],
+        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options={**row.options, **options},
+        num_classes=num_classes, teacher_top1=teacher_top1, student_top1=last['eval_top1'],
         student_top1_best=best['eval_top1'], best_epoch=best['epoch'], student_top1_ema=last.get('eval_top1_ema'),
-        agreement=last.get('eval_agreement'),
+        agreement=last.get('eval_agreement'), command=command,
         train_images_per_second=len(history) / sum(1 / r['images_per_second'] for r in history),
-        seed=config.seed, command=command,
     )  # fmt: skip
     if accelerator.is_main_process:
         kwargs = dict(data_config=pair.data_config, label_names=class_names)
-        export_model(pair.student, run_folder / 'student', **kwargs)
+        export_model(student, run_folder / 'student', **kwargs)
         if task.has_ema():
             export_model(task.trainable_module_ema.module, run_folder / 'student_ema', **kwargs)
         runs.write_results(run_folder, results)
@@ -159,7 +137,13 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 2 for wrong usage, 1 for any other failure."""
     argv = sys.argv[1:] if argv is None else argv
     command = shlex.join(['train_distill.py', *argv])
-    return run_main(lambda: run(parse_args(argv), command), 'train_distill.py', debug='--debug' in argv)
+    return run_main(lambda: run(parse_args(argv, epilog=_criteria), command), 'train_distill.py', '--debug' in argv)
+
+
+def _criteria() -> str:
+    from timm_rld.loss import describe_criteria
+
+    return f'criteria (--distill):\n{describe_criteria()}'
 
 
 if __name__ == '__main__':

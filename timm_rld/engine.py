@@ -44,9 +44,11 @@ def create_accelerator(config: Config) -> Accelerator:
             # fit() divides by the group's true size itself: Accelerate divides the last, smaller group by the full one
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=list(config.report_to) or None,
-            project_config=ProjectConfiguration(),
+            project_config=ProjectConfiguration('.', logging_dir='.'),  # open_run() says where
         )
     except ValueError as e:
+        if 'precision' not in str(e):
+            raise
         raise UserError(f'--mixed-precision {config.mixed_precision}: {str(e).splitlines()[0]}') from e
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     if world_size != accelerator.num_processes:
@@ -157,7 +159,9 @@ def fit(
     task.to(device)
     channels_last = config.channels_last
     if channels_last is None:
-        channels_last = device.type == 'cuda' and accelerator.mixed_precision != 'no'
+        # measured: on a CPU it gains a fifth at 224 pixels and loses as much at 32
+        on_gpu = device.type == 'cuda'
+        channels_last = accelerator.mixed_precision != 'no' if on_gpu else (config.img_size or 224) >= 128
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     task.to(memory_format=memory_format)
     if config.model_ema:

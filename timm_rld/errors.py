@@ -46,16 +46,18 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
     except KeyboardInterrupt:
         print(f'{name}: interrupted', file=sys.stderr)
         return 130
-    except UserError as e:
-        message, code = str(e), e.exit_code
-        if isinstance(e, SampleError):  # from a worker it comes with the worker's traceback around it
-            message = message.strip().splitlines()[-1].partition('SampleError: ')[-1] or message
-        elif rank and not debug:
-            return code
     except Exception as e:
-        message, code = f'{type(e).__name__}: {e} (--debug shows where)', 1
-    if debug:
-        traceback.print_exc()
+        if debug:
+            traceback.print_exc()
+        code = e.exit_code if isinstance(e, UserError) else 1
+        if isinstance(e, SampleError):  # from a worker it comes with the worker's traceback around it
+            message = str(e).strip().splitlines()[-1].rpartition('SampleError: ')[-1]
+        elif isinstance(e, UserError):
+            message = str(e)
+            if rank:
+                return code
+        else:
+            message = f'{type(e).__name__}: {e} (--debug shows where)'
     prefix = f'[process {rank}] ' if rank else ''
     print(f'{prefix}{name}: error: {message}', file=sys.stderr)
     return code

@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 PROBE_SECONDS = 3.0
@@ -71,7 +72,7 @@ def export_model(
     (tag, origin, papers, license, test size and crop) is left out or overwritten.
 
     Args:
-        model: a timm model, unwrapped.
+        model: a timm model, unwrapped. Channels-last weights are made contiguous in place.
         folder: is replaced if it exists.
         data_config: preprocessing used in validation: input_size, mean, std, interpolation, crop_pct, crop_mode.
         label_names: class names by index.
@@ -86,6 +87,7 @@ def export_model(
     data_config = dict(
         data_config, test_input_size=data_config['input_size'], test_crop_pct=data_config['crop_pct']
     )
+    model.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     try:
         save_for_hf(
             model,

@@ -216,8 +216,8 @@ def look_up(name: str, flag: str) -> ModelCard:
     except Exception as e:
         arch = models.get_arch_name(name)
         if source is None:
-            tags = [f'{arch}.{tag}' for tag in models.get_arch_pretrained_cfgs(arch)]
-            why = f'no such weights{did_you_mean(name, tags)}; there: {", ".join(tags[:6])}'
+            there = list(models.get_arch_pretrained_cfgs(arch))
+            why = f'no such weights{did_you_mean(name, there)}; there: {", ".join(there[:6])}'
         elif source == 'local-dir':
             missing = isinstance(e, FileNotFoundError)
             why = 'no config.json in this folder' if missing else f'config.json cannot be read ({_first_line(e)})'
@@ -272,11 +272,11 @@ def load_weights(path: str, flag: str) -> dict[str, Tensor]:
         raise UserError(f'{flag} {path}: no such file')
     try:
         state = load_state_dict(path, weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise UserError(
-            f'{flag} {path}: not a file of weights alone, so it was not loaded; save the state_dict as .safetensors'
-        ) from e
     except Exception as e:
+        if isinstance(e, pickle.UnpicklingError) or 'weights_only' in str(e):
+            raise UserError(
+                f'{flag} {path}: not a file of weights alone, so it was not loaded; save the state_dict as .safetensors'
+            ) from e
         raise UserError(f'{flag} {path}: not a checkpoint ({type(e).__name__}: {_first_line(e)})') from e
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f'{flag} {path}: not a checkpoint (expected a state dict of tensors)')
@@ -551,31 +551,57 @@ def create_teacher(
 
 
 def create_pair(
-    teacher: str,
+    teacher: str | None,
     student: str,
     num_classes: int,
     *,
     class_names: Sequence[str] | None = None,
-    img_size: int | None = None,
+    seed: int | None = None,
     in_chans: int = 3,
+    img_size: int | None = None,
+    mean: Floats | None = None,
+    std: Floats | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
     student_pretrained: bool = False,
+    student_kwargs: dict[str, Any] | None = None,
+    teacher_pretrained: bool = True,
     teacher_checkpoint: str | None = None,
     teacher_class_map: str | Sequence[int] | None = None,
-    **student_kwargs: Any,
+    teacher_img_size: int | None = None,
+    teacher_mean: Floats | None = None,
+    teacher_std: Floats | None = None,
+    fit_teacher: bool = False,
 ) -> Pair:
-    """Build a student and its teacher by timm name. See :func:`create_student` and :func:`create_teacher`.
+    """Build a student and its teacher by timm name.
+
+    Args:
+        teacher: None for a student alone.
+        seed: of torch's generator before each of the two, so that neither's start depends on the other; None leaves it.
+        student_kwargs: for the student's constructor.
+        Others: as in :func:`create_student`, and with `teacher_` as in :func:`create_teacher`.
+
+    Raises:
+        UserError: as these two.
 
     Example:
         >>> pair = create_pair('resnet34', 'resnet18', num_classes=10, teacher_checkpoint='teacher.safetensors')
         >>> task = DistillationTask(pair.student, pair.teacher, create_distill_loss('rld'))
     """
+    if seed is not None:
+        torch.manual_seed(seed)
     pair = create_student(
-        student, num_classes, pretrained=student_pretrained, in_chans=in_chans, img_size=img_size, **student_kwargs
-    )
-    pair.teacher = create_teacher(
-        teacher, num_classes, class_names=class_names, checkpoint=teacher_checkpoint, class_map=teacher_class_map,
-        in_chans=in_chans, view_size=pair.data_config['input_size'][-1],
+        student, num_classes, pretrained=student_pretrained, in_chans=in_chans, img_size=img_size, mean=mean, std=std,
+        interpolation=interpolation, crop_pct=crop_pct, **(student_kwargs or {}),
     )  # fmt: skip
+    if seed is not None:
+        torch.manual_seed(seed)
+    if teacher is not None:
+        pair.teacher = create_teacher(
+            teacher, num_classes, class_names=class_names, pretrained=teacher_pretrained, checkpoint=teacher_checkpoint,
+            class_map=teacher_class_map, to_fit=fit_teacher, in_chans=in_chans, img_size=teacher_img_size,
+            view_size=pair.data_config['input_size'][-1], mean=teacher_mean, std=teacher_std,
+        )  # fmt: skip
     return pair
 
 

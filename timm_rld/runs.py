@@ -51,6 +51,7 @@ def open_run(config: Config, accelerator: Accelerator) -> Path:
     if problem[0]:
         raise UserError(problem[0])
     accelerator.project_configuration.set_directories(str(run))
+    accelerator.project_configuration.logging_dir = str(run)
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from .replay import STREAM, ReplayDataset, ReplaySampler, ReplayStream, Step, derive_seed
 from .sources import Source
-from .transforms import Transform
+from .transforms import Transform, eval_transform, train_transform
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -100,3 +101,41 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.loader)
+
+
+def create_loaders(
+    train: Source,
+    val: Source,
+    data_config: dict[str, Any],
+    *,
+    batch_size: int,
+    validation_batch_size: int | None = None,
+    grad_accum_steps: int = 1,
+    min_batch: int = 0,
+    train_interpolation: str = 'random',
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+    **augmentation: Any,
+) -> tuple[Loader, Loader]:
+    """The loaders of a run: augmented training batches, and validation batches as the student will be used.
+
+    Args:
+        data_config: the student's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        train_interpolation, augmentation: for :func:`train_transform`.
+        Others: as in :class:`Loader`.
+    """
+    c = data_config
+    place = dict(seed=seed, rank=rank, world=world, workers=workers, pin_memory=pin_memory)
+    augment = train_transform(
+        c['input_size'], mean=c['mean'], std=c['std'], interpolation=train_interpolation, **augmentation
+    )
+    center = eval_transform(
+        c['input_size'], interpolation=c['interpolation'], crop_pct=c['crop_pct'], crop_mode=c['crop_mode']
+    )
+    return (
+        Loader(train, augment, batch_size, training=True, accum=grad_accum_steps, min_batch=min_batch, **place),
+        Loader(val, center, validation_batch_size or batch_size, training=False, **place),
+    )

@@ -249,7 +249,7 @@ def _explain(
 def _read_classes(source: Source, name: str, flag: str, target_key: str, num_classes: int | None) -> None:
     """Fill in the class names and their number, and check the labels where that costs nothing."""
     reader = getattr(source.dataset, 'reader', None)
-    mapping = getattr(reader, 'class_to_idx', None) or {}
+    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
     labels = None
     columns = getattr(reader, 'dataset', None)
     if hasattr(columns, 'unique') and not getattr(reader, 'remap_class', False):

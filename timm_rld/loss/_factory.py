@@ -77,6 +77,23 @@ def get_criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
+def describe_criteria() -> str:
+    """The table as text: name, summary, published weights and options, paper."""
+    width = max(map(len, CRITERIA))
+    lines = []
+    for row in CRITERIA.values():
+        lines.append(f'{row.name:<{width}}  {row.summary}')
+        if row.cls is not None:
+            options = ' '.join(f'{k}={v}' for k, v in row.options.items())
+            ramp = f', ramp {row.warmup_epochs} epochs' if row.warmup_epochs else ''
+            lines.append(
+                f'{"":<{width}}  weights: task {row.task_weight:g}, distillation {row.distill_weight:g}{ramp}; '
+                f'options: {options}'
+            )
+            lines.append(f'{"":<{width}}  {row.paper}, {row.year}')
+    return '\n'.join(lines)
+
+
 def create_distill_loss(name: str, **options: Any) -> DistillLoss:
     """Create a distillation criterion by name, with its published options unless given here.
 

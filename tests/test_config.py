@@ -1,0 +1,175 @@
+"""Settings: YAML ⇄ Config ⇄ command line, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from timm_rld.config import (
+    FIELDS,
+    Config,
+    flag_of,
+    list_recipes,
+    load_yaml,
+    parse_args,
+    resolve,
+    to_yaml,
+    warmup_epochs,
+)
+from timm_rld.errors import UsageError
+
+PAIR = ['--teacher', 'resnet34', '--student', 'resnet18']
+
+
+def error(argv: list[str]) -> str:
+    with pytest.raises(UsageError) as e:
+        resolve(parse_args(argv))
+    assert e.value.exit_code == 2
+    return str(e.value)
+
+
+def written(tmp_path, text: str) -> str:
+    path = tmp_path / 'c.yaml'
+    path.write_text(text, encoding='utf-8')
+    return str(path)
+
+
+def test_settings_survive_yaml_unchanged(tmp_path):
+    config = resolve(
+        parse_args([*PAIR, '--distill-kwargs', 'alpha=1', 'beta=0.5', '--mean', '.5', '.4', '.3', '--lr', '1e-3'])
+    )
+    again = Config(**load_yaml(written(tmp_path, to_yaml(config))))
+    assert again == config
+    assert resolve(again) == config
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = written(tmp_path, 'teacher: resnet34\nstudent: resnet18\nepochs: 7\nlr: 1e-3\ndecay_milestones: [3, 5]\n')
+    config = parse_args(['--config', path, '--epochs', '2'])
+    assert (config.epochs, config.lr, config.teacher, config.decay_milestones) == (2, 1e-3, 'resnet34', (3, 5))
+
+
+def test_every_field_has_help_and_a_flag_that_sets_it():
+    for name, f in FIELDS.items():
+        assert f.metadata['help'], name
+        meta, default = f.metadata, f.default
+        kind = str(f.type)
+        if meta['choices']:
+            values = [next(c for c in meta['choices'] if c != str(default))]
+        elif 'bool' in kind:
+            values = []
+        elif 'dict' in kind:
+            values = ['a=1']
+        elif 'float' in kind or 'Floats' in kind:
+            values = ['0.25'] * (meta['lengths'] or (1,))[0]
+        elif 'int' in kind:
+            values = ['2']
+        else:
+            values = ['x']
+        config = parse_args([flag_of(name), *values])
+        assert getattr(config, name) != default, name
+
+
+@pytest.mark.parametrize('path', [name for name, _ in list_recipes()])
+def test_every_recipe_is_valid(path):
+    config = parse_args(['--config', path])
+    assert config.student and resolve(config).epochs
+
+
+def test_recipes_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_args(['--config', 'quickstart']).student == 'resnet18'
+    assert parse_args(['--config', 'configs/quickstart.yaml']).student == 'resnet18'
+
+
+def test_without_a_dataset_the_samples_settings_apply_and_elsewhere_timms():
+    sample = resolve(parse_args(PAIR))
+    assert (sample.img_size, sample.train_crop_mode, sample.hflip, sample.teacher_pretrained) == (32, 'pad', 0, False)
+    assert sample.teacher_epochs > 0 and sample.val_split == 'test'
+    other = resolve(parse_args([*PAIR, '--data-dir', 'd']))
+    assert (other.batch_size, other.epochs, other.hflip, other.smoothing, other.color_jitter) == (128, 300, 0.5, 0.1, 0.4)
+    assert (other.teacher_epochs, other.teacher_pretrained, other.img_size) == (0, True, None)
+
+
+def test_on_the_sample_named_weights_of_ones_own_are_used_not_fitted_over():
+    assert resolve(parse_args(['--student', 'a', '--teacher', 'local-dir:t'])).teacher_epochs == 0
+    assert resolve(parse_args([*PAIR, '--teacher-checkpoint', 'f'])).teacher_epochs == 0
+    assert resolve(parse_args([*PAIR, '--teacher-epochs', '0'])).teacher_epochs == 0
+
+
+def test_learning_rate_scales_with_the_global_batch_as_in_timm():
+    argv = [*PAIR, '--data-dir', 'd', '-b', '64', '--grad-accum-steps', '2']
+    assert resolve(parse_args(argv), num_processes=4).lr == pytest.approx(0.1 * 512 / 256)
+    assert resolve(parse_args([*argv, '--opt', 'adamw']), 4).lr == pytest.approx(0.1 * 2**0.5)
+    assert resolve(parse_args([*argv, '--lr', '0.3']), 4).lr == 0.3
+
+
+def test_default_warmup_never_eats_a_short_run():
+    assert [warmup_epochs(Config(), e) for e in (1, 3, 10, 100, 300)] == [0, 0, 1, 5, 5]
+    assert warmup_epochs(Config(warmup_epochs=3), 300) == 3
+
+
+def test_accumulation_steps_of_accelerate_launch_are_heard(monkeypatch):
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '4')
+    assert resolve(parse_args(PAIR)).grad_accum_steps == 4
+    assert resolve(parse_args([*PAIR, '--grad-accum-steps', '2'])).grad_accum_steps == 2
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['--epoch', '3'], "unknown flag --epoch (did you mean '--epochs'?)"),
+        (['--epochs'], '--epochs: expected one argument'),
+        (['resnet18'], "unexpected 'resnet18'"),
+        (['--epochs', '0'], '--epochs: must be greater than 0, got 0'),
+        (['--epochs', '2.5'], "--epochs: expected a whole number, got '2.5'"),
+        (['--batch-size', '-1'], '--batch-size: must be greater than 0, got -1'),
+        (['--lr', '0'], '--lr: must be greater than 0, got 0'),
+        (['--lr', 'nan'], '--lr: must be a finite number, got nan'),
+        (['--lr', 'inf'], '--lr: must be a finite number, got inf'),
+        (['--workers', '-1'], '--workers: must be at least 0, got -1'),
+        (['--smoothing', '2'], '--smoothing: must be at most 1, got 2'),
+        (['--sched', 'cosin'], "--sched: 'cosin' is not one of cosine, "),
+        (['--in-chans', '2'], "--in-chans: '2' is not one of 1, 3"),
+        (['--scale', '0.5'], '--scale: expected 2 values, got 1'),
+        (['--mean', '0.5', '0.5'], '--mean: expected 1 or 3 values'),
+        (['--distill-kwargs', 'alpha'], "--distill-kwargs: expected name=value, got 'alpha'"),
+        (['--epochs', '3', '--warmup-epochs', '3'], '--warmup-epochs 3: leaves nothing of --epochs 3'),
+        (['--train-split', 'foo'], '--train-split foo: needs a --dataset or --data-dir'),
+        (['--config', '/nowhere.yaml'], '--config /nowhere.yaml: cannot be read'),
+    ],
+)
+def test_a_wrong_command_line_is_named_with_the_way_out(argv, message):
+    assert message in error([*PAIR, *argv])
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('epoch: 3', "unknown key 'epoch' (did you mean 'epochs'?)"),
+        ('- a\n- b', 'expected a mapping of settings (name: value), the file is a list'),
+        ('', 'expected a mapping of settings (name: value), the file is empty'),
+        ('epochs: three', "epochs: expected a whole number, got 'three'"),
+        ('epochs: true', 'epochs: expected a whole number, got True'),
+        ('teacher: 3', 'teacher: expected a text, got 3'),
+        ('no_aug: 1', 'no_aug: expected true or false, got 1'),
+        ('distill_kwargs: [1]', 'distill_kwargs: expected a mapping, got [1]'),
+        ('seed: null', 'seed: a value is needed'),
+        ('epochs: 1\nepochs: 2', 'key written twice: epochs'),
+        ('a: [', 'not valid YAML'),
+        ('a: !!python/object/apply:os.system ["false"]', 'not valid YAML'),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_key(tmp_path, text, message):
+    assert message in error(['--config', written(tmp_path, text)])
+
+
+def test_keys_of_the_file_are_checked_before_required_flags(tmp_path):
+    assert "unknown key 'studnt' (did you mean 'student'?)" in error(['--config', written(tmp_path, 'studnt: resnet18')])
+
+
+def test_written_yaml_holds_every_field_in_plain_types():
+    data = yaml.safe_load(to_yaml(resolve(parse_args(PAIR))))
+    assert list(data) == [f.name for f in dataclasses.fields(Config)]

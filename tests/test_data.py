@@ -1,0 +1,340 @@
+"""Data: sources and their errors, replay, transforms, mixing."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_rld.data import Loader, MixedTarget, Mixing, eval_transform, open_split, open_splits, train_transform
+from timm_rld.data.replay import ReplaySampler, seeded
+from timm_rld.data.transforms import ErasePixels
+from timm_rld.errors import SampleError, UserError
+
+NORM = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+
+
+@pytest.fixture(scope='session')
+def parquet(tmp_path_factory, folder):
+    """The pictures of `folder` as a datasets folder of Parquet files, with columns img and fine_label."""
+    import datasets
+
+    root = tmp_path_factory.mktemp('parquet')
+    features = datasets.Features(
+        img=datasets.Image(), fine_label=datasets.ClassLabel(names=['apple', 'pear', 'plum']), text=datasets.Value('string')
+    )
+    for split in ('train', 'test'):
+        paths = sorted((folder / ('validation' if split == 'test' else split)).rglob('*.png'))
+        datasets.Dataset.from_dict(
+            dict(img=[str(p) for p in paths], fine_label=[p.parent.name for p in paths], text=['x'] * len(paths)),
+            features=features,
+        ).to_parquet(root / f'{split}.parquet')
+    return root
+
+
+def loader(folder, workers=0, seed=1, batch_size=8, **kwargs) -> Loader:
+    source = open_split(None, 'train', flag='--train-split', data_dir=str(folder))
+    transform = train_transform((3, 16, 16), **NORM, color_jitter=0.4, aa='rand-m9-mstd0.5', reprob=0.5)
+    return Loader(source, transform, batch_size, training=True, seed=seed, workers=workers, **kwargs)
+
+
+def epoch_of(loader: Loader, epoch: int, start: int = 0) -> list[tuple[torch.Tensor, ...]]:
+    loader.set_epoch(epoch, start)
+    return [tuple(x.clone() for x in batch) for batch in loader]
+
+
+def same(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
+
+
+# ----------------------------------------------------------------------------------------------------------- replay
+
+
+def test_the_same_epochs_come_with_and_without_workers_and_persistent_workers_hear_of_the_epoch(folder):
+    plain, two = loader(folder), loader(folder, workers=2)
+    first, second = epoch_of(plain, 1), epoch_of(plain, 2)
+    assert same(epoch_of(two, 1), first)
+    assert same(epoch_of(two, 2), second)
+    assert same(epoch_of(two, 1), first)
+    assert not same(first, second)
+
+
+def test_an_epoch_can_be_entered_at_any_batch(folder):
+    whole = epoch_of(loader(folder), 3)
+    assert same(epoch_of(loader(folder), 3, start=4), whole[4:])
+
+
+def test_order_and_augmentation_change_with_epoch_and_seed(folder):
+    indices = lambda batches: torch.cat([b[2] for b in batches]).tolist()  # noqa: E731
+    a, b, c = epoch_of(loader(folder), 1), epoch_of(loader(folder), 2), epoch_of(loader(folder, seed=2), 1)
+    assert indices(a) != indices(b) != indices(c) != indices(a)
+    assert sorted(indices(a)) == sorted(indices(b)) == list(range(41))
+    view = lambda batches, i: torch.cat([x[0] for x in batches])[indices(batches).index(i)]  # noqa: E731
+    assert not torch.equal(view(a, 5), view(b, 5)) and not torch.equal(view(a, 5), view(c, 5))
+
+
+def test_a_sample_leaves_the_generators_of_the_process_as_they_were(folder):
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    batches = loader(folder)
+    batches.set_epoch(1)
+    next(iter(batches.loader.dataset[(1, 0)]))
+    assert random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1]
+    assert torch.equal(torch.get_rng_state(), state[2])
+    with seeded(1, 2, 3):
+        a = random.random(), np.random.rand(), torch.rand(1).item()
+    with seeded(1, 2, 3):
+        assert a == (random.random(), np.random.rand(), torch.rand(1).item())
+    with seeded(1, 3, 2):
+        assert len({*a, random.random(), np.random.rand(), torch.rand(1).item()}) == 6
+
+
+@pytest.mark.parametrize('length', [1, 7, 41, 64, 65])
+@pytest.mark.parametrize(('world', 'batch_size'), [(1, 8), (2, 4), (4, 2)])
+def test_global_batches_do_not_depend_on_the_number_of_processes(length, world, batch_size):
+    def batches(world, batch_size):
+        samplers = [
+            ReplaySampler(length, batch_size, seed=3, rank=r, world=world, accum=3) for r in range(world)
+        ]
+        for s in samplers:
+            s.set_epoch(2)
+        assert len({len(s) for s in samplers}) == 1
+        out = []
+        for i, parts in enumerate(zip(*samplers, strict=True)):
+            steps = [s.step(i) for s in samplers]
+            assert len({(st.group, st.last) for st in steps}) == 1
+            counted = [k for p, st in zip(parts, steps) for k in p[: st.count]]
+            assert all(st.count == len(p) or (st.count, len(p)) == (0, 1) for p, st in zip(parts, steps))
+            out.append((counted, steps[0].group, steps[0].last))
+        return out
+
+    assert batches(world, batch_size) == batches(1, 8)
+    every = [i for keys, _, _ in batches(world, batch_size) for _, i in keys]
+    assert sorted(every) == list(range(length))
+
+
+def test_groups_count_the_samples_that_they_really_have():
+    sampler = ReplaySampler(41, 8, accum=4)
+    assert [sampler.step(i).group for i in range(6)] == [32] * 4 + [9] * 2
+    assert [sampler.step(i).last for i in range(6)] == [False] * 3 + [True, False, True]
+    assert [sampler.step(i).count for i in range(6)] == [8] * 5 + [1]
+
+
+def test_a_last_batch_too_small_for_batch_norm_is_left_out_and_only_that():
+    assert len(ReplaySampler(41, 8, min_batch=2)) == 5
+    assert len(ReplaySampler(42, 8, min_batch=2)) == 6
+    assert len(ReplaySampler(43, 4, world=2, min_batch=2)) == 5
+    left = ReplaySampler(41, 8, min_batch=2)
+    seen = set()
+    for epoch in range(1, 9):
+        left.set_epoch(epoch)
+        seen |= {i for keys in left for _, i in keys}
+    assert seen == set(range(41))  # another one each epoch
+
+
+@pytest.mark.parametrize('world', [1, 2, 3])
+def test_validation_reads_each_image_once_in_order(folder, world):
+    source = open_split(None, 'validation', flag='--val-split', data_dir=str(folder))
+    seen = []
+    for rank in range(world):
+        batches = Loader(source, eval_transform((3, 16, 16), interpolation='bilinear', crop_pct=1.0), 8,
+                         training=False, rank=rank, world=world)  # fmt: skip
+        batches.set_epoch(0)
+        part = [int(i) for _, _, index in batches for i in index]
+        assert part == sorted(part)
+        seen += part
+    assert sorted(seen) == list(range(20))
+
+
+# ------------------------------------------------------------------------------------------------- transforms, mixing
+
+
+@pytest.mark.parametrize('mode', ['rrc', 'rkrc', 'rkrr', 'pad'])
+@pytest.mark.parametrize('size', [(20, 14), (40, 64)])
+def test_every_crop_mode_gives_uint8_views_of_the_size_asked_for(mode, size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+    view = train_transform((3, 32, 32), **NORM, train_crop_mode=mode, vflip=0.5)(image)
+    assert view.dtype == torch.uint8 and view.shape == (3, 32, 32)
+
+
+def test_pad_crop_is_a_shift_of_the_image_with_zeros_around():
+    image = np.random.default_rng(0).integers(1, 255, (32, 32, 3), dtype=np.uint8)
+    transform = train_transform((3, 32, 32), **NORM, train_crop_mode='pad', hflip=0, color_jitter=0)
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    shifts = {(y, x): padded[y : y + 32, x : x + 32].transpose(2, 0, 1) for y in range(9) for x in range(9)}
+    seen = set()
+    for i in range(30):
+        with seeded(i):
+            view = transform(Image.fromarray(image)).numpy()
+        seen |= {k for k, v in shifts.items() if np.array_equal(v, view)}
+    assert len(seen) > 15
+
+
+def test_erasing_fills_with_the_mean_colour_or_noise_around_it_and_leaves_the_rest():
+    pixels = torch.full((3, 64, 64), 7, dtype=torch.uint8)
+    with seeded(1):
+        const = ErasePixels(1.0, 'const', 1, **NORM)(pixels.clone())
+    values = torch.tensor([0.5, 0.4, 0.3]).mul(255).round().to(torch.uint8)
+    erased = const != pixels
+    assert erased.any() and torch.equal(const[erased], values[:, None, None].expand_as(const)[erased])
+    with seeded(1):
+        noise = ErasePixels(1.0, 'pixel', 1, **NORM)(pixels.clone())
+    filled = noise.float()[:, erased[0]]
+    assert noise.dtype == torch.uint8 and filled.shape[1] > 50
+    assert filled.mean(1).tolist() == pytest.approx([127.5, 102, 76.5], abs=12)
+    assert filled.std(1).tolist() == pytest.approx([51, 51, 51], abs=12)
+    assert torch.equal(noise[:, ~erased[0]], pixels[:, ~erased[0]])
+
+
+@pytest.mark.parametrize('batch', [1, 4, 5])
+def test_mixup_is_the_batch_rolled_by_one_and_replays(batch):
+    pixels, target = torch.randint(0, 256, (batch, 3, 8, 8), dtype=torch.uint8), torch.arange(batch)
+    mix = Mixing(mixup=0.8, seed=3)
+    mixed, t = mix(pixels, target, 2, 7)
+    assert isinstance(t, MixedTarget) and mixed.dtype == torch.uint8
+    assert torch.equal(t.b, target.roll(1)) and 0 <= t.lam <= 1
+    expected = (t.lam * pixels.double() + (1 - t.lam) * pixels.roll(1, 0).double()).round()
+    assert (mixed.double() - expected).abs().max() <= 1
+    again, t2 = Mixing(mixup=0.8, seed=3)(pixels, target, 2, 7)
+    assert torch.equal(again, mixed) and t2.lam == t.lam
+    assert mix(pixels, target, 2, 8)[1].lam != t.lam != mix(pixels, target, 3, 7)[1].lam
+
+
+def test_cutmix_takes_a_box_whose_area_is_one_minus_lambda():
+    pixels, target = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.arange(4)
+    pixels += torch.arange(4, dtype=torch.uint8)[:, None, None, None]
+    mixed, t = Mixing(cutmix=1.0, seed=5)(pixels, target, 1, 0)
+    share = (mixed == pixels).float().mean().item()
+    assert share == pytest.approx(t.lam, abs=1e-6) and 0 < share < 1
+    assert set(mixed[0].unique().tolist()) == {0, 3}
+
+
+def test_mixing_can_end_and_can_be_off():
+    pixels, target = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4)
+    assert Mixing()(pixels, target, 1, 0)[1] is target
+    mix = Mixing(mixup=1.0, off_epoch=3)
+    assert isinstance(mix(pixels, target, 2, 0)[1], MixedTarget) and mix(pixels, target, 3, 0)[1] is target
+    assert Mixing(mixup=1.0, prob=0.0)(pixels, target, 1, 0)[1] is target
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def test_the_sample_has_its_images_and_classes():
+    train, val = open_splits(None, 'train', 'test')
+    assert (len(train), len(val), train.num_classes) == (1437, 360, 10)
+    assert train.class_names == val.class_names == [str(i) for i in range(10)]
+    image, target = train.read(0)
+    assert image.mode == 'RGB' and image.size == (8, 8) and 0 <= target < 10
+
+
+def test_parquet_with_other_column_names_is_read(parquet):
+    train, val = open_splits(f'hfds/{parquet}', 'train', 'test', input_key='img', target_key='fine_label')
+    assert (len(train), len(val)) == (41, 20) and train.class_names == ['apple', 'pear', 'plum']
+    assert train.read(3)[0].size == (12, 12)
+
+
+def test_streamed_parquet_is_read_and_replays(parquet):
+    kwargs = dict(flag='--train-split', is_training=True, batch_size=4, input_key='img', target_key='fine_label',
+                  num_samples=41, dataset_download=True)  # fmt: skip
+    transform = train_transform((3, 16, 16), **NORM)
+
+    def batches(epoch):
+        source = open_split(f'hfids/{parquet}', 'train', **kwargs)
+        stream = Loader(source, transform, 4, training=True, seed=2)
+        got = epoch_of(stream, epoch)
+        assert len(got) == len(stream) == 11
+        return got
+
+    first = batches(1)
+    assert same(batches(1), first) and not same(batches(2), first)
+
+
+def test_tars_are_found_by_split(folder, tmp_path):
+    for split, name in (('train', 'train'), ('validation', 'val')):
+        with tarfile.open(tmp_path / f'{name}.tar', 'w') as tar:
+            tar.add(folder / split, arcname='.')
+    train, val = open_splits(None, 'train', 'validation', data_dir=str(tmp_path))
+    assert (len(train), len(val), train.class_names) == (41, 20, ['apple', 'pear', 'plum'])
+    assert train.read(0)[0].size == (12, 12)
+
+
+def test_grey_images_are_made_of_colour_ones(folder):
+    assert open_split(None, 'train', flag='', data_dir=str(folder), in_chans=1).read(0)[0].mode == 'L'
+
+
+def test_torchvision_datasets_are_read(tmp_path):
+    import pickle
+
+    base = tmp_path / 'cifar-10-batches-py'
+    base.mkdir()
+    with pytest.raises(UserError, match='--dataset-download fetches it'):
+        open_split('torch/cifar10', 'train', flag='--train-split', data_dir=str(tmp_path))
+    from torchvision.datasets import ImageFolder
+
+    assert ImageFolder and pickle  # timm's torch/folder goes through the same reader
+    root = tmp_path / 'f' / 'train' / 'a'
+    root.mkdir(parents=True)
+    Image.new('L', (9, 9)).save(root / 'x.png')
+    source = open_split('torch/folder', 'train', flag='--train-split', data_dir=str(tmp_path / 'f'))
+    assert source.class_names == ['a'] and source.read(0)[0].mode == 'RGB'
+
+
+def test_a_broken_image_is_named_and_never_replaced_by_the_next(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'd')
+    broken = sorted((tmp_path / 'd' / 'train').rglob('*.png'))[4]
+    broken.write_bytes(broken.read_bytes()[:60])
+    source = open_split(None, 'train', flag='--train-split', data_dir=str(tmp_path / 'd'))
+    with pytest.raises(SampleError, match=f'image 4 .{broken}. of split .train. cannot be read'):
+        source.read(4)
+
+
+def opened(dataset=None, **kwargs) -> str:
+    with pytest.raises(UserError) as e:
+        open_splits(dataset, kwargs.pop('train', 'train'), kwargs.pop('val', 'validation'), **kwargs)
+    return str(e.value)
+
+
+def test_errors_of_folders_name_the_flag_and_what_there_is(folder, tmp_path):
+    assert '--data-dir /nowhere: no such folder' in opened(data_dir='/nowhere')
+    message = opened(data_dir=str(folder), val='test')
+    assert '--val-split test: no such folder' in message and '(there: train, validation)' in message
+    assert 'no folder at all' in opened(data_dir=str(tmp_path))
+    (tmp_path / 'train').mkdir()
+    assert f'--data-dir {tmp_path}/train: Found 0 images' in opened(data_dir=str(tmp_path))
+    one = tmp_path / 'x.tar'
+    tarfile.open(one, 'w').close()
+    assert 'one file holds one split' in opened(data_dir=str(one))
+    assert 'expected hfds/…' in opened('imagenet') and '--data-dir imagenet' in opened('imagenet')
+    assert 'did you mean hfds/uoft-cs/cifar100?' in opened('uoft-cs/cifar100')
+    assert 'needs --data-dir' in opened('torch/cifar10')
+
+
+def test_errors_of_parquet_name_splits_and_columns(parquet, tmp_path):
+    keys = dict(val='test', input_key='img', target_key='fine_label')
+    assert '--val-split valid: no such split' in (m := opened(f'hfds/{parquet}', **{**keys, 'val': 'valid'}))
+    assert '(there: train, test)' in m
+    message = opened(f'hfds/{parquet}', **{**keys, 'input_key': 'image'})
+    assert '--input-key image: no such image column' in message and '(columns: img, fine_label, text)' in message
+    message = opened(f'hfds/{parquet}', **{**keys, 'target_key': 'label'})
+    assert '--target-key label: no such label column' in message and 'fine_label' in message
+    assert 'expected class indices' in opened(f'hfds/{parquet}', **{**keys, 'target_key': 'text'})
+    assert 'no dataset in this folder' in opened(f'hfds/{tmp_path}')
+    assert 'the Hub is out of reach' in opened('hfds/someone/something')
+    assert '--num-classes 2' in opened(f'hfds/{parquet}', **keys, num_classes=2)
+
+
+def test_classes_that_differ_between_splits_are_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'd')
+    shutil.rmtree(tmp_path / 'd' / 'validation' / 'pear')
+    assert "different classes: 'pear' only in 'train'" in opened(data_dir=str(tmp_path / 'd'))
+
+
+@pytest.mark.parametrize('aa', ['augmix-m5', 'rand-m9-q3', 'nonsense'])
+def test_an_augmentation_policy_that_timm_lacks_is_refused(aa):
+    with pytest.raises(UserError, match=f'--aa {aa}'):
+        train_transform((3, 16, 16), **NORM, aa=aa)

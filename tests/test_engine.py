@@ -1,0 +1,164 @@
+"""fit() and evaluate(): what a step averages over, what an evaluation counts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_rld import DistillationTask, engine
+from timm_rld.config import Config, resolve
+from timm_rld.data import Loader, eval_transform, open_split
+from timm_rld.errors import UsageError, UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_loader(folder, split: str, batch_size: int, **kwargs) -> Loader:
+    source = open_split(None, split, flag='', data_dir=str(folder))
+    return Loader(source, eval_transform((3, 32, 32), interpolation='bilinear', crop_pct=1.0), batch_size, **kwargs)
+
+
+def settings(**kwargs) -> Config:
+    kwargs = dict(data_dir='d', opt='momentum', momentum=0.0, weight_decay=0.0, lr=0.1, sched='none', epochs=1) | kwargs
+    return resolve(Config(**kwargs))
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model('test_vit', num_classes=3)
+
+
+def test_each_step_is_the_mean_over_its_whole_group_the_last_incomplete_one_included(folder, tmp_path):
+    loader = make_loader(folder, 'train', 8, training=True, accum=4)
+    trained, expected = network(), network()
+    task = DistillationTask(trained, None, None)
+    accelerator = engine.create_accelerator(settings())
+    engine.fit(task, loader, make_loader(folder, 'validation', 8, training=False), accelerator,
+               settings(channels_last=False), epochs=1, log_file=tmp_path / 'log.csv')  # fmt: skip
+    loader.set_epoch(1)
+    batches = list(loader)
+    expected.train()
+    for group in (batches[:4], batches[4:]):
+        pixels, target = torch.cat([b[0] for b in group]), torch.cat([b[1] for b in group])
+        expected.zero_grad()
+        nn.functional.cross_entropy(expected(task.view(pixels)), target).backward()
+        for p in expected.parameters():
+            p.data -= 0.1 * p.grad
+    for (name, p), q in zip(trained.named_parameters(), expected.parameters()):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 64])
+def test_evaluation_counts_every_image_once_at_any_batch_size(folder, batch_size):
+    model = network().eval()
+    view = DistillationTask(model, None, None).view
+    accelerator = engine.create_accelerator(settings())
+    loader = make_loader(folder, 'validation', batch_size, training=False)
+    metrics, predicted = engine.evaluate(lambda p: model(view(p)), loader, accelerator)
+    source = loader.source
+    center = eval_transform((3, 32, 32), interpolation='bilinear', crop_pct=1.0)
+    images, targets = zip(*((center(source.read(i)[0]), source.read(i)[1]) for i in range(20)))
+    with torch.no_grad():
+        logits, targets = model(view(torch.stack(images))), torch.tensor(targets)
+    assert predicted.tolist() == logits.argmax(1).tolist()
+    assert metrics['top1'] == pytest.approx(100 * (predicted == targets).float().mean().item())
+    assert metrics['loss'] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert metrics['top5'] == 100
+    other = predicted.clone()
+    other[:5] = (other[:5] + 1) % 3
+    again, _ = engine.evaluate(lambda p: model(view(p)), loader, accelerator, reference=other)
+    assert again['agreement'] == pytest.approx(75)
+
+
+def test_multistep_lowers_the_rate_in_the_epoch_named_counted_from_one():
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    config = settings(sched='multistep', decay_milestones=(3, 5), lr=1.0, warmup_epochs=0)
+    scheduler = engine.create_scheduler(optimizer, config, 6, 10)
+    rates = []
+    for epoch in range(1, 7):
+        rates.append(round(optimizer.param_groups[0]['lr'], 6))
+        scheduler.step(epoch)
+    assert rates == [1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_weight_decay_leaves_out_biases_and_norms_unless_told_otherwise():
+    def decayed(**kwargs) -> set[float]:
+        optimizer = engine.create_optimizer(timm.create_model('test_resnet'), settings(weight_decay=0.1, **kwargs))
+        return {g['weight_decay'] for g in optimizer.param_groups}
+
+    assert decayed() == {0.0, 0.1} and decayed(weight_decay_all=True) == {0.1}
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'error', 'message'),
+    [
+        (dict(opt='adamww'), UsageError, "--opt adamww: unknown optimizer (did you mean 'adamw'"),
+        (dict(opt='adamw', opt_kwargs={'foo': 1}), UserError, '--opt adamw: '),
+        (dict(sched='wsd', decay_epochs=50.0), UserError, '--sched wsd: '),
+    ],
+)
+def test_an_optimizer_or_schedule_that_cannot_be_is_named(kwargs, error, message):
+    with pytest.raises(error) as e:
+        engine.check_optimizer(settings(**kwargs))
+    assert message in str(e.value)
+
+
+def test_processes_that_do_not_know_of_each_other_are_stopped(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='Accelerate knows of 1'):
+        engine.create_accelerator(settings())
+
+
+def test_trackers_are_checked_by_name_and_installation(monkeypatch):
+    with pytest.raises(UsageError, match="--report-to tensorbord: unknown tracker .did you mean 'tensorboard'"):
+        engine.create_accelerator(settings(report_to=('tensorbord',)))
+    monkeypatch.setattr('accelerate.tracking._available_trackers', [])
+    with pytest.raises(UserError, match='--report-to wandb: not installed'):
+        engine.create_accelerator(settings(report_to=('wandb',)))
+
+
+def test_threads_are_the_cores_divided_by_local_processes_or_as_said(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        engine.create_accelerator(settings(cpu_threads=3))
+        assert torch.get_num_threads() == 3
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', '1000')
+        engine.create_accelerator(settings())
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def launch(argv: list[str], processes: int) -> subprocess.CompletedProcess:
+    env = dict(os.environ, ACCELERATE_USE_CPU='true')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_port', '0',
+               '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0', 'train_distill.py', *argv]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+
+
+def test_two_processes_train_and_evaluate_as_one(folder, trained_teacher, tmp_path):
+    common = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_vit', '--data-dir', str(folder),
+              '--img-size', '32', '--epochs', '2', '--lr', '0.05', '--grad-accum-steps', '2', '--workers', '0',
+              '--min-teacher-acc', '0', '--output', str(tmp_path)]  # fmt: skip
+    rows, results = [], []
+    for processes, batch_size in ((1, '8'), (2, '4')):
+        done = launch([*common, '--batch-size', batch_size, '--experiment', str(processes)], processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count('student top-1') == 1
+        run = tmp_path / str(processes)
+        rows.append(list(csv.DictReader((run / 'summary.csv').open())))
+        results.append(json.loads((run / 'results.json').read_text()))
+    for one, two in zip(*rows, strict=True):
+        for key in set(one) - {'images_per_second', 'epoch'}:
+            assert float(two[key]) == pytest.approx(float(one[key]), rel=2e-4, abs=1e-6), key
+    for key in ('teacher_top1', 'student_top1', 'agreement'):
+        assert results[0][key] == results[1][key]

@@ -1,0 +1,125 @@
+"""The house's rules: imports go down, imports are cheap, files that ship are there."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+# What each room may import from. The recipe may import from all.
+FLOORS = {
+    'errors': set(),
+    'config': {'errors'},
+    'loss': {'errors'},
+    'hub': {'errors'},
+    'models': {'errors'},
+    'data': {'errors', 'hub'},
+    'pairing': {'errors', 'hub'},
+    'task': {'data', 'pairing', 'loss'},
+    'runs': {'config', 'errors'},
+    'engine': {'task', 'data', 'pairing', 'runs', 'config', 'errors'},
+    '__main__': {'config', 'errors', 'loss'},
+    '__init__': {'loss', 'pairing', 'task', 'data', 'hub', 'errors'},
+}
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / 'timm_rld').rglob('*.py'))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Rooms of timm_rld that a module imports, wherever in it."""
+    package = path.relative_to(ROOT).parts[:-1]
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            full = [*base, *(node.module or '').split('.')] if node.module else list(base)
+            if full[:1] == ['timm_rld']:
+                names = [full[1]] if len(full) > 1 else [alias.name for alias in node.names]
+                rooms |= set(names)
+        elif isinstance(node, ast.Import):
+            rooms |= {a.name.split('.')[1] for a in node.names if a.name.startswith('timm_rld.')}
+    return rooms
+
+
+@pytest.mark.parametrize('path', modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_only_go_down(path):
+    room = path.relative_to(ROOT / 'timm_rld').parts[0].removesuffix('.py')
+    assert imports_of(path) - {room} <= FLOORS[room]
+
+
+def test_every_room_has_a_floor():
+    assert {p.relative_to(ROOT / 'timm_rld').parts[0].removesuffix('.py') for p in modules()} <= set(FLOORS)
+
+
+def timed(code: str) -> tuple[float, str]:
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return time.perf_counter() - started, done.stdout
+
+
+HEAVY = "print(*[m for m in ('datasets', 'accelerate', 'matplotlib', 'timm', 'torch') if m in sys.modules])"
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert timed(f'import sys, timm_rld; {HEAVY}')[1].split() == []
+    assert not {'datasets', 'accelerate', 'matplotlib'} & set(
+        timed(f'import sys; from timm_rld import create_distill_loss, create_pair, DistillationTask; {HEAVY}')[1].split()
+    )
+
+
+def test_help_takes_at_most_half_a_second_more_than_importing_timm():
+    imports = min(timed('import timm')[0] for _ in range(2))
+    started = [timed("import runpy, sys; sys.argv = ['train_distill.py', '--help']\n"
+                     "try: runpy.run_path('train_distill.py', run_name='__main__')\n"
+                     'except SystemExit as e: assert not e.code') for _ in range(2)]  # fmt: skip
+    assert min(t for t, _ in started) < imports + 0.5
+    assert '--teacher-class-map' in started[0][1] and 'rld' in started[0][1]
+
+
+def test_public_names_are_there():
+    import timm_rld
+
+    for name in timm_rld.__all__:
+        assert getattr(timm_rld, name) is not None
+    with pytest.raises(AttributeError):
+        timm_rld.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs' / 'accelerate').glob('*.yaml')), ids=lambda p: p.name)
+def test_launch_configs_are_what_accelerate_reads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= config.num_machines >= 1
+    assert set(yaml.safe_load(path.read_text())) <= set(vars(config)) | {'use_cpu'}
+
+
+def test_the_recipe_stays_readable():
+    assert len((ROOT / 'train_distill.py').read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    'argv', [['list', 'criteria'], ['list', 'recipes'], ['list', 'models', 'resnet34'], ['list', 'models', 'wide_res*']]
+)
+def test_the_tools_list_what_there_is(argv, capsys):
+    from timm_rld.__main__ import main
+
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert {'criteria': 'rld', 'recipes': 'quickstart.yaml', 'models': 'resnet'}[argv[1]] in out
+
+
+@pytest.mark.parametrize('argv', [[], ['lst'], ['list', 'recipe']])
+def test_a_wrong_verb_exits_with_2_and_a_line(argv, capsys):
+    from timm_rld.__main__ import main
+
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith('timm-rld: error: ')

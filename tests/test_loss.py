@@ -1,0 +1,207 @@
+"""The criteria: published values, numerics, and the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_rld.loss import CRITERIA, create_distill_loss, masked_correlation_loss, sample_confidence_loss
+
+CASES = json.loads((Path(__file__).parent / 'golden' / 'criteria_golden.json').read_text())
+NAMES = [name for name, row in CRITERIA.items() if row.cls is not None]
+GOLDEN = [
+    (case['id'], name)
+    for case in CASES
+    for name in case['criteria']
+    if name.removesuffix('_standardized').partition('_')[0] in NAMES
+]
+
+
+def logits(b: int = 6, c: int = 10, scale: float = 3.0, dtype: torch.dtype = torch.float32):
+    student = (scale * torch.randn(b, c)).to(dtype).requires_grad_()
+    return student, (scale * torch.randn(b, c)).to(dtype), torch.randint(c, (b,))
+
+
+@pytest.mark.parametrize(('case_id', 'name'), GOLDEN)
+def test_value_and_gradient_are_the_published_programs(case_id, name):
+    case = next(c for c in CASES if c['id'] == case_id)
+    golden = case['criteria'][name]
+    student = torch.tensor(case['student'], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor(case['teacher'], dtype=torch.float64)
+    criterion = create_distill_loss(name.partition('_')[0], **golden['options'])
+    loss = criterion(student, teacher, torch.tensor(case['target']))
+    loss.backward()
+    assert loss.dtype == torch.float64 and loss.ndim == 0
+    assert loss.item() == pytest.approx(golden['loss'], rel=1e-10, abs=1e-10)
+    assert student.grad[0].tolist() == pytest.approx(golden['grad_row0'], rel=1e-10, abs=1e-10)
+    assert student.grad.abs().sum().item() == pytest.approx(golden['grad_sum_abs'], rel=1e-10, abs=1e-10)
+
+
+def test_the_golden_file_covers_kd_and_rld():
+    assert {'kd', 'kd_standardized', 'rld', 'rld_alpha_temperature_1', 'rld_standardized'} <= {n for _, n in GOLDEN}
+
+
+def test_rld_is_its_definition_sample_by_sample():
+    student, teacher, target = (x.detach().double() if x.is_floating_point() else x for x in logits(8, 7))
+    scd = mcd = 0.0
+    for s, t, y in zip(student, teacher, target):
+        p, q = (t / 2).softmax(0).max(), (s / 2).softmax(0)[y]
+        scd += 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()) / 8
+        keep = t < t[y]
+        if keep.any():
+            p, q = (t[keep] / 2).softmax(0), (s[keep] / 2).softmax(0)
+            mcd += 4 * (p * (p / q).log()).sum() / 8
+    assert sample_confidence_loss(student, teacher, target, 2.0).item() == pytest.approx(float(scd), rel=1e-12)
+    assert masked_correlation_loss(student, teacher, target, 2.0).item() == pytest.approx(float(mcd), rel=1e-12)
+    got = create_distill_loss('rld', alpha=3, beta=5, temperature=2)(student, teacher, target)
+    assert got.item() == pytest.approx(float(3 * scd + 5 * mcd), rel=1e-12)
+
+
+def test_masked_correlation_is_zero_where_the_true_class_is_ranked_last():
+    student, teacher, _ = logits()
+    student.grad = None
+    loss = masked_correlation_loss(student, teacher, teacher.argmin(dim=1))
+    loss.backward()
+    assert loss.item() == 0 and student.grad.abs().sum() == 0
+
+
+def test_masked_classes_have_no_say_in_the_masked_correlation():
+    student, teacher, target = logits()
+    masked = teacher >= teacher.gather(1, target[:, None])
+    other = torch.where(masked, student.detach() + 5 * torch.randn_like(teacher), student.detach())
+    assert torch.allclose(
+        masked_correlation_loss(student, teacher, target), masked_correlation_loss(other, teacher, target)
+    )
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('margin', [1e2, 1e4])
+@pytest.mark.parametrize('classes', [2, 10])
+def test_loss_and_gradient_stay_finite_at_huge_margins(name, margin, classes):
+    for temperature in (1.0, 4.0):
+        student = torch.zeros(5, classes)
+        student[:, 0] = margin
+        student[4] = 0  # a constant row
+        student.requires_grad_()
+        teacher = torch.zeros(5, classes)
+        teacher[:3, 1] = margin
+        target = torch.tensor([0, 1, classes - 1, 0, 1])
+        loss = create_distill_loss(name, temperature=temperature)(student, teacher, target)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_logits_give_the_float32_result_and_autocast_changes_nothing(name, dtype):
+    student, teacher, target = logits(dtype=dtype)
+    criterion = create_distill_loss(name)
+    expected = criterion(student.detach().float(), teacher.float(), target)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = criterion(student, teacher, target)
+    assert got.dtype == torch.float32 and got.item() == expected.item()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_loss_is_zero_at_equal_logits_where_the_teacher_is_right(name):
+    _, teacher, _ = logits()
+    assert create_distill_loss(name)(teacher, teacher, teacher.argmax(1)).item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_loss_does_not_change_when_a_row_is_shifted_or_classes_are_renamed(name):
+    student, teacher, target = (x.detach().double() if x.is_floating_point() else x for x in logits())
+    criterion = create_distill_loss(name)
+    loss = criterion(student, teacher, target)
+    assert criterion(student + 3, teacher - 2, target).item() == pytest.approx(loss.item(), rel=1e-9)
+    order = torch.randperm(10)
+    renamed = criterion(student[:, order], teacher[:, order], order.argsort()[target])
+    assert renamed.item() == pytest.approx(loss.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_loss_is_the_mean_over_samples_and_takes_a_batch_of_one(name):
+    student, teacher, target = logits(4)
+    criterion = create_distill_loss(name)
+    each = [criterion(student[i : i + 1], teacher[i : i + 1], target[i : i + 1]).item() for i in range(4)]
+    assert criterion(student, teacher, target).item() == pytest.approx(sum(each) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_no_gradient_flows_into_the_teacher(name):
+    student, teacher, target = logits()
+    teacher.requires_grad_()
+    create_distill_loss(name)(student, teacher, target).backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+def test_rld_reports_what_it_did():
+    student, teacher, target = logits()
+    target[0] = teacher[0].argmax()
+    criterion = create_distill_loss('rld')
+    loss = criterion(student, teacher, target)
+    d = criterion.diagnostics
+    assert not any(v.requires_grad for v in d.values())
+    assert d['scd'] + 8 * d['mcd'] == pytest.approx(loss.item(), rel=1e-5)
+    assert d['teacher_wrong'] == (teacher.argmax(1) != target).float().mean()
+    assert d['masked_classes'] == (teacher >= teacher.gather(1, target[:, None])).float().sum(1).mean()
+
+
+def test_alpha_temperature_is_the_temperature_unless_given():
+    student, teacher, target = logits()
+    a = create_distill_loss('rld', temperature=2.0)(student, teacher, target)
+    b = create_distill_loss('rld', temperature=2.0, alpha_temperature=2.0)(student, teacher, target)
+    c = create_distill_loss('rld', temperature=2.0, alpha_temperature=1.0)(student, teacher, target)
+    assert a.item() == b.item() != c.item()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_published_defaults_of_a_row_are_arguments_of_its_class(name):
+    row = CRITERIA[name]
+    assert create_distill_loss(name).name == name
+    assert row.paper and row.year and row.summary
+
+
+@pytest.mark.parametrize(
+    ('call', 'message'),
+    [
+        (lambda: create_distill_loss('rdl'), "unknown criterion 'rdl' (did you mean 'rld'"),
+        (lambda: create_distill_loss('rld', betta=1), "criterion 'rld' has no option 'betta' (did you mean 'beta'"),
+        (lambda: create_distill_loss('kd', temperature=0), 'temperature must be a positive number, got 0'),
+        (lambda: create_distill_loss('rld', alpha_temperature='x'), "alpha_temperature must be a positive number, got 'x'"),
+        (lambda: create_distill_loss('none'), "'none' distils nothing"),
+    ],
+)
+def test_the_factory_says_what_is_wrong(call, message):
+    with pytest.raises(ValueError) as e:
+        call()
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'target', 'message'),
+    [
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), [0, 0], 'expected floating-point student logits [B, C]'),
+        (torch.zeros(2, 3), torch.zeros(2, 4), [0, 0], "like the student's float32 [2, 3], got float32 [2, 4]"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), [0], 'expected class indices [2] as target, got int64 [1]'),
+        (torch.zeros(2, 3), torch.zeros(2, 3), [0, 3], 'expected targets in 0..2, got 0..3'),
+        (torch.zeros(2, 3), torch.zeros(2, 3), [[1.0, 0, 0], [0, 1, 0]], 'a soft target: this criterion needs an index'),
+        (torch.zeros(2, 3), torch.full((2, 3), torch.nan), [0, 0], "the teacher's logits hold NaN"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), None, 'got None'),
+    ],
+)
+def test_bad_input_says_what_was_expected_and_what_came(student, teacher, target, message):
+    target = None if target is None else torch.tensor(target)
+    with pytest.raises(ValueError) as e:
+        create_distill_loss('rld')(student, teacher, target)
+    assert message in str(e.value)
+
+
+def test_kd_is_torchs_kl_divergence_times_temperature_squared():
+    student, teacher, _ = logits()
+    expected = 9 * F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction='batchmean')
+    assert create_distill_loss('kd', temperature=3)(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
