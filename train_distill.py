@@ -12,6 +12,7 @@ import shlex
 import sys
 from typing import Any
 
+import timm_rld
 from timm_rld.config import Config, parse_args, resolve, to_yaml, uses_sample
 from timm_rld.errors import UsageError, run_main
 
@@ -27,8 +28,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     # ---- config
     if config.student is None or (config.teacher is None and config.distill != 'none'):
-        missing = '--student' if config.student is None else '--teacher'
-        raise UsageError(f'{missing} is needed, e.g. --teacher resnet34 --student resnet18')
+        raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
     try:
         row = get_criterion(config.distill)
         options = {**config.distill_kwargs, **({'standardize': True} if config.standardize else {})}
@@ -99,7 +99,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     if teacher is not None:
         metrics, reference = engine.evaluate(teacher.to(accelerator.device), val_loader, accelerator)
         teacher_top1 = metrics['top1']
-        say(f'teacher {config.teacher}: top-1 {teacher_top1:.2f} on {config.val_split}', *pairing.audit(pair), sep='\n  ')
+        found = f'teacher {config.teacher}: top-1 {teacher_top1:.2f} on {config.val_split}'
+        say('\n  '.join([found, *pairing.audit(pair)]))
         pairing.check_accuracy(config.teacher, teacher_top1, num_classes, config.min_teacher_acc)
 
     # ---- loss, task, fit
@@ -137,13 +138,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, 2 for wrong usage, 1 for any other failure."""
     argv = sys.argv[1:] if argv is None else argv
     command = shlex.join(['train_distill.py', *argv])
-    return run_main(lambda: run(parse_args(argv, epilog=_criteria), command), 'train_distill.py', '--debug' in argv)
 
+    def program() -> None:
+        run(parse_args(argv, epilog=lambda: f'criteria (--distill):\n{timm_rld.describe_criteria()}'), command)
 
-def _criteria() -> str:
-    from timm_rld.loss import describe_criteria
-
-    return f'criteria (--distill):\n{describe_criteria()}'
+    return run_main(program, 'train_distill.py', debug='--debug' in argv)
 
 
 if __name__ == '__main__':

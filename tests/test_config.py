@@ -89,7 +89,13 @@ def test_without_a_dataset_the_samples_settings_apply_and_elsewhere_timms():
     assert (sample.img_size, sample.train_crop_mode, sample.hflip, sample.teacher_pretrained) == (32, 'pad', 0, False)
     assert sample.teacher_epochs > 0 and sample.val_split == 'test'
     other = resolve(parse_args([*PAIR, '--data-dir', 'd']))
-    assert (other.batch_size, other.epochs, other.hflip, other.smoothing, other.color_jitter) == (128, 300, 0.5, 0.1, 0.4)
+    assert (other.batch_size, other.epochs, other.hflip, other.smoothing, other.color_jitter) == (
+        128,
+        300,
+        0.5,
+        0.1,
+        0.4,
+    )
     assert (other.teacher_epochs, other.teacher_pretrained, other.img_size) == (0, True, None)
 
 
@@ -167,7 +173,9 @@ def test_a_wrong_file_is_named_with_the_key(tmp_path, text, message):
 
 
 def test_keys_of_the_file_are_checked_before_required_flags(tmp_path):
-    assert "unknown key 'studnt' (did you mean 'student'?)" in error(['--config', written(tmp_path, 'studnt: resnet18')])
+    assert "unknown key 'studnt' (did you mean 'student'?)" in error(
+        ['--config', written(tmp_path, 'studnt: resnet18')]
+    )
 
 
 def test_written_yaml_holds_every_field_in_plain_types():

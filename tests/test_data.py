@@ -26,7 +26,9 @@ def parquet(tmp_path_factory, folder):
 
     root = tmp_path_factory.mktemp('parquet')
     features = datasets.Features(
-        img=datasets.Image(), fine_label=datasets.ClassLabel(names=['apple', 'pear', 'plum']), text=datasets.Value('string')
+        img=datasets.Image(),
+        fine_label=datasets.ClassLabel(names=['apple', 'pear', 'plum']),
+        text=datasets.Value('string'),
     )
     for split in ('train', 'test'):
         paths = sorted((folder / ('validation' if split == 'test' else split)).rglob('*.png'))
@@ -97,9 +99,7 @@ def test_a_sample_leaves_the_generators_of_the_process_as_they_were(folder):
 @pytest.mark.parametrize(('world', 'batch_size'), [(1, 8), (2, 4), (4, 2)])
 def test_global_batches_do_not_depend_on_the_number_of_processes(length, world, batch_size):
     def batches(world, batch_size):
-        samplers = [
-            ReplaySampler(length, batch_size, seed=3, rank=r, world=world, accum=3) for r in range(world)
-        ]
+        samplers = [ReplaySampler(length, batch_size, seed=3, rank=r, world=world, accum=3) for r in range(world)]
         for s in samplers:
             s.set_epoch(2)
         assert len({len(s) for s in samplers}) == 1

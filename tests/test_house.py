@@ -71,7 +71,9 @@ HEAVY = "print(*[m for m in ('datasets', 'accelerate', 'matplotlib', 'timm', 'to
 def test_importing_the_package_loads_nothing_heavy():
     assert timed(f'import sys, timm_rld; {HEAVY}')[1].split() == []
     assert not {'datasets', 'accelerate', 'matplotlib'} & set(
-        timed(f'import sys; from timm_rld import create_distill_loss, create_pair, DistillationTask; {HEAVY}')[1].split()
+        timed(f'import sys; from timm_rld import create_distill_loss, create_pair, DistillationTask; {HEAVY}')[
+            1
+        ].split()
     )
 
 

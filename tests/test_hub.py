@@ -38,7 +38,9 @@ def test_an_exported_config_does_not_claim_the_base_weights_as_its_own(tmp_path)
     folder = export_model(model, tmp_path / 'm', data_config=CONFIG)
     config = json.loads((folder / 'config.json').read_text())
     assert not {'tag', 'origin_url', 'paper_ids', 'license', 'hf_hub_id', 'url'} & set(config['pretrained_cfg'])
-    assert config['pretrained_cfg']['test_input_size'] == [3, 48, 48] and config['pretrained_cfg']['test_crop_pct'] == 0.9
+    assert (
+        config['pretrained_cfg']['test_input_size'] == [3, 48, 48] and config['pretrained_cfg']['test_crop_pct'] == 0.9
+    )
 
 
 def test_an_export_that_fails_leaves_what_was_there(tmp_path):

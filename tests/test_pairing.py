@@ -190,7 +190,9 @@ def test_channels_that_differ_are_refused(trained_teacher):
 
 
 def test_a_size_that_a_network_cannot_take_is_said_before_anything_else():
-    with pytest.raises(UserError, match='--student inception_v3: cannot take images of 3×32×32 .* try another --img-size'):
+    with pytest.raises(
+        UserError, match='--student inception_v3: cannot take images of 3×32×32 .* try another --img-size'
+    ):
         create_student('inception_v3', 3, img_size=32)
 
 

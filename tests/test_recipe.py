@@ -123,7 +123,16 @@ def test_a_teacher_of_other_size_normalisation_and_classes_is_taken(tiny, tmp_pa
     config = dict(input_size=(3, 224, 224), mean=(0.25,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.0,
                   crop_mode='center')  # fmt: skip
     export_model(model, tmp_path / 't', data_config=config, label_names=['plum', 'kiwi', 'pear', 'apple'])
-    argv = [*tiny, '--teacher', f'local-dir:{tmp_path / "t"}', '--teacher-pretrained', '--teacher-epochs', '0', '--epochs', '1']
+    argv = [
+        *tiny,
+        '--teacher',
+        f'local-dir:{tmp_path / "t"}',
+        '--teacher-pretrained',
+        '--teacher-epochs',
+        '0',
+        '--epochs',
+        '1',
+    ]
     assert main([*argv, '--teacher-class-map', 'auto']) == 0
     out = capsys.readouterr().out
     assert 'the teacher sees the 32×32 view resized to 224×224' in out and "3 of the teacher's 4 outputs" in out
@@ -146,7 +155,8 @@ def test_trackers_get_each_epoch(tiny, tmp_path):
 
 def test_the_sample_is_used_and_named_where_no_dataset_is(tmp_path, capsys):
     argv = ['--teacher', 'test_resnet', '--student', 'test_resnet', '--epochs', '1', '--teacher-epochs', '1',
-            '--warmup-epochs', '0', '--min-teacher-acc', '0', '--output', str(tmp_path), '--experiment', 's']  # fmt: skip
+            '--warmup-epochs', '0', '--min-teacher-acc', '0', '--output', str(tmp_path),
+            '--experiment', 's']  # fmt: skip
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert out.startswith('No --dataset or --data-dir: using the sample') and out.count('UCI handwritten digits') == 1
@@ -171,7 +181,11 @@ WRONG = [
     (['--data-dir', '/nowhere'], 1, '--data-dir /nowhere: no such folder'),
     (['--val-split', 'test'], 1, '--val-split test: no such folder in --data-dir'),
     (['--epochs', '0'], 2, '--epochs: must be greater than 0'),
-    (['--teacher-epochs', '0', '--teacher', 'resnet34', '--teacher-pretrained'], 1, 'its head has 1000 classes, the dataset 3'),
+    (
+        ['--teacher-epochs', '0', '--teacher', 'resnet34', '--teacher-pretrained'],
+        1,
+        'its head has 1000 classes, the dataset 3',
+    ),
     (['--teacher', 'resnet34', '--teacher-pretrained'], 1, 'published weights cannot be reached'),
     (['--student', 'resnet18', '--student-pretrained'], 1, 'published weights cannot be reached'),
     (['--teacher-epochs', '0', '--teacher-checkpoint', '/nowhere'], 1, '--teacher-checkpoint /nowhere: no such file'),
@@ -184,7 +198,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(('flags', 'code', 'message'), WRONG, ids=[' '.join(f) for f, _, _ in WRONG])
+@pytest.mark.parametrize(('flags', 'code', 'message'), WRONG, ids=[' '.join(w[0]) for w in WRONG])
 def test_bad_input_is_one_or_two_lines_and_leaves_nothing(tiny, tmp_path, capsys, flags, code, message):
     if '--teacher-pretrained' in flags:
         tiny = [f for f in tiny if f != '--no-teacher-pretrained']
@@ -202,9 +216,9 @@ def test_debug_shows_the_traceback(tiny, capsys):
 
 def test_missing_models_are_asked_for(capsys):
     assert main(['--student', 'resnet18']) == 2
-    assert '--teacher is needed' in capsys.readouterr().err
+    assert '--teacher and --student are needed' in capsys.readouterr().err
     assert main([]) == 2
-    assert '--student is needed' in capsys.readouterr().err
+    assert '--teacher and --student are needed' in capsys.readouterr().err
 
 
 def test_a_run_folder_in_use_is_refused_untouched(tiny, tmp_path, capsys):

@@ -37,7 +37,9 @@ def test_the_loss_is_the_weighted_sum_of_cross_entropy_and_the_ramped_criterion(
     kd = create_distill_loss(name)(logits, teacher(PIXELS), TARGET)
     assert out['task_loss'].item() == pytest.approx(ce.item(), rel=1e-5)
     assert out['kd_loss'].item() == pytest.approx(kd.item(), rel=1e-5)
-    assert out['loss'].item() == pytest.approx(row.task_weight * ce.item() + row.distill_weight * 0.75 * kd.item(), rel=1e-5)
+    assert out['loss'].item() == pytest.approx(
+        row.task_weight * ce.item() + row.distill_weight * 0.75 * kd.item(), rel=1e-5
+    )
     assert torch.equal(out['output'], logits)
 
 
@@ -71,7 +73,7 @@ def test_it_drops_into_timms_own_loop_on_normalised_floats(student, teacher):
 
 
 def test_training_mode_reaches_the_student_and_not_the_teacher(student, teacher):
-    task = DistillationTask(student, teacher, 'kd').train()
+    DistillationTask(student, teacher, 'kd').train()
     assert student.training and not any(m.training for m in teacher.modules())
 
 

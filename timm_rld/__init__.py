@@ -9,6 +9,7 @@ __version__ = '0.1.0'
 
 _PUBLIC = {
     'create_distill_loss': 'loss',
+    'describe_criteria': 'loss',
     'create_pair': 'pairing',
     'create_student': 'pairing',
     'create_teacher': 'pairing',

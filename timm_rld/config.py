@@ -65,7 +65,7 @@ Floats = tuple[float, ...]
 
 @dataclass
 class Config:
-    """All settings of a run. Names are those of timm's `train.py` where it has them; each field's help says the rest."""
+    """All settings of a run, under the names of timm's `train.py` where it has them. Each field's help says more."""
 
     # teacher and student
     teacher: str | None = setting(None, MODELS, 'teacher: a timm name, hf-hub:user/model or local-dir:path')
@@ -98,7 +98,9 @@ class Config:
     distill: str = setting('rld', DISTILL, 'criterion, see the table below')
     distill_kwargs: dict = setting({}, DISTILL, "the criterion's options, as name=value: alpha=1 beta=8 temperature=4")
     standardize: bool = setting(False, DISTILL, 'standardise both logits first (z-score of each row)')
-    task_loss_weight: float | None = setting(None, DISTILL, "weight of the cross-entropy (default: the criterion's)", ge=0)
+    task_loss_weight: float | None = setting(
+        None, DISTILL, "weight of the cross-entropy (default: the criterion's)", ge=0
+    )
     distill_loss_weight: float | None = setting(
         None, DISTILL, "weight of the distillation term (default: the criterion's)", ge=0
     )
@@ -114,8 +116,12 @@ class Config:
     data_dir: str | None = setting(None, DATA, 'root folder (or cache folder of hfds/, hfids/)')
     train_split: str | None = setting(None, DATA, 'name of the training split (default: train)')
     val_split: str | None = setting(None, DATA, 'name of the validation split (default: validation)')
-    train_num_samples: int | None = setting(None, DATA, 'length of a streamed training split that does not say it', gt=0)
-    val_num_samples: int | None = setting(None, DATA, 'length of a streamed validation split that does not say it', gt=0)
+    train_num_samples: int | None = setting(
+        None, DATA, 'length of a streamed training split that does not say it', gt=0
+    )
+    val_num_samples: int | None = setting(
+        None, DATA, 'length of a streamed validation split that does not say it', gt=0
+    )
     dataset_download: bool = setting(False, DATA, 'let torch/ and hfids/ datasets download', flag=True)
     num_classes: int | None = setting(None, DATA, 'number of classes, where the dataset does not say it', ge=2)
     class_map: str | None = setting(None, DATA, 'class-to-index file of the dataset (.txt), as in timm')
@@ -159,7 +165,9 @@ class Config:
     recount: int = setting(1, AUG, 'random erasing count', gt=0)
     mixup: float = setting(0.0, AUG, 'mixup alpha, 0: off', ge=0)
     cutmix: float = setting(0.0, AUG, 'cutmix alpha, 0: off', ge=0)
-    cutmix_minmax: Floats | None = setting(None, AUG, 'cutmix min/max ratio, in place of alpha', gt=0, le=1, lengths=(2,))
+    cutmix_minmax: Floats | None = setting(
+        None, AUG, 'cutmix min/max ratio, in place of alpha', gt=0, le=1, lengths=(2,)
+    )
     mixup_prob: float = setting(1.0, AUG, 'probability of mixup or cutmix in a batch', ge=0, le=1)
     mixup_switch_prob: float = setting(0.5, AUG, 'probability of cutmix where both are on', ge=0, le=1)
     mixup_off_epoch: int = setting(0, AUG, 'mix no more from this epoch on, 0: never', ge=0)
@@ -171,7 +179,7 @@ class Config:
     weight_decay_all: bool = setting(False, OPTIM, 'weight decay on biases and norms too (timm leaves them out)')
     opt_eps: float | None = setting(None, OPTIM, "epsilon (default: the optimizer's)", gt=0)
     opt_betas: Floats | None = setting(None, OPTIM, "betas (default: the optimizer's)", ge=0)
-    opt_kwargs: dict = setting({}, OPTIM, "further arguments of the optimizer, as name=value")
+    opt_kwargs: dict = setting({}, OPTIM, 'further arguments of the optimizer, as name=value')
     clip_grad: float | None = setting(None, OPTIM, 'clip gradients at this value (default: no clipping)', gt=0)
     clip_mode: str = setting('norm', OPTIM, 'how to clip', choices=('norm', 'value', 'agc'))
     grad_accum_steps: int | None = setting(None, OPTIM, 'batches per optimizer step (default: 1)', gt=0)
@@ -191,7 +199,9 @@ class Config:
         'cosine', SCHED, 'schedule of timm',
         choices=('cosine', 'multistep', 'step', 'poly', 'tanh', 'wsd', 'rsqrt', 'constant', 'none'),
     )  # fmt: skip
-    sched_on_updates: bool | None = setting(None, SCHED, 'change the rate at each update rather than each epoch (default: no)')
+    sched_on_updates: bool | None = setting(
+        None, SCHED, 'change the rate at each update rather than each epoch (default: no)'
+    )
     warmup_epochs: int | None = setting(None, SCHED, 'epochs of warm-up (default: 5, at most a tenth of the run)', ge=0)
     warmup_lr: float = setting(1e-5, SCHED, 'rate at the start of the warm-up', ge=0)
     min_lr: float = setting(0.0, SCHED, 'lowest rate', ge=0)
@@ -208,15 +218,16 @@ class Config:
     )
     channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes on GPUs with mixed precision)')
     torchcompile: bool = setting(False, RUN, 'compile student and teacher', flag=True)
-    cpu_threads: int | None = setting(None, RUN, 'threads of a process on the CPU (default: cores / local processes)', gt=0)
+    cpu_threads: int | None = setting(
+        None, RUN, 'threads of a process on the CPU (default: cores / local processes)', gt=0
+    )
 
     # output
     output: str | None = setting(None, OUT, 'parent of the run folder (default: ./output)')
     experiment: str | None = setting(None, OUT, 'name of the run folder (default: <time>-<student>-<distill>)')
     log_interval: int = setting(50, OUT, 'steps between progress lines', gt=0)
-    report_to: tuple[str, ...] = setting((), OUT, "trackers of Accelerate: tensorboard, wandb, …")
+    report_to: tuple[str, ...] = setting((), OUT, 'trackers of Accelerate: tensorboard, wandb, …')
     debug: bool = setting(False, OUT, 'show tracebacks', flag=True)
-
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Some settings as keyword arguments."""
@@ -353,7 +364,9 @@ def load_yaml(path: str) -> dict[str, Any]:
     try:
         data = yaml.load(find_recipe(path).read_text(encoding='utf-8'), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f'--config {path}: cannot be read ({getattr(e, "strerror", None) or "not a text file"})') from e
+        raise UsageError(
+            f'--config {path}: cannot be read ({getattr(e, "strerror", None) or "not a text file"})'
+        ) from e
     except yaml.YAMLError as e:
         raise UsageError(f'--config {path}: not valid YAML ({" ".join(str(e).split())})') from e
     if not isinstance(data, dict):
@@ -432,7 +445,9 @@ def _parser(prog: str, epilog: str) -> Parser:
         elif typing.get_origin(want) is tuple:
             group.add_argument(*flags, nargs='*' if f.default == () else '+', metavar='X', help=help)
         else:
-            metavar = '{' + ','.join(meta['choices']) + '}' if meta['choices'] else {int: 'N', float: 'X'}.get(want, 'S')
+            metavar = (
+                '{' + ','.join(meta['choices']) + '}' if meta['choices'] else {int: 'N', float: 'X'}.get(want, 'S')
+            )
             group.add_argument(*flags, metavar=metavar, help=help)
     return parser
 
@@ -552,7 +567,9 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
             raise UsageError(f'{flag_of(name)}: expected 1 or {c.in_chans} values (--in-chans), got {len(value)}')
     for epochs, flag in ((c.epochs, '--epochs'), (c.teacher_epochs, '--teacher-epochs')):
         if c.warmup_epochs and epochs and c.warmup_epochs >= epochs:
-            raise UsageError(f'--warmup-epochs {c.warmup_epochs}: leaves nothing of {flag} {epochs}; give a smaller one')
+            raise UsageError(
+                f'--warmup-epochs {c.warmup_epochs}: leaves nothing of {flag} {epochs}; give a smaller one'
+            )
     return c
 
 

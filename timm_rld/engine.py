@@ -53,9 +53,9 @@ def create_accelerator(config: Config) -> Accelerator:
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     if world_size != accelerator.num_processes:
         raise UserError(
-            f'the launcher started {world_size} processes (WORLD_SIZE), Accelerate knows of {accelerator.num_processes}:'
-            ' each would train alone and overwrite the others.\nWithout GPUs: '
-            f'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world_size} …'
+            f'the launcher started {world_size} processes (WORLD_SIZE), Accelerate knows of '
+            f'{accelerator.num_processes}: each would train alone and overwrite the others.\n'
+            f'Without GPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world_size} …'
         )
     if config.cpu_threads or accelerator.device.type == 'cpu':
         local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -74,7 +74,9 @@ def _check_trackers(names: Iterable[str]) -> None:
     installed = [str(getattr(n, 'value', n)) for n in get_available_trackers()]
     for name in names:
         if name not in known:
-            raise UsageError(f'--report-to {name}: unknown tracker{did_you_mean(name, known)}; known: {", ".join(known)}')
+            raise UsageError(
+                f'--report-to {name}: unknown tracker{did_you_mean(name, known)}; known: {", ".join(known)}'
+            )
         if name not in installed:
             raise UserError(f'--report-to {name}: not installed (pip install {name})')
 
@@ -180,6 +182,9 @@ def fit(
     history: list[dict[str, float]] = []
     updates = 0
 
+    def assess(model: nn.Module) -> dict[str, float]:
+        return evaluate(lambda pixels: model(task.view(pixels)), val_loader, accelerator, reference)[0]
+
     for epoch in range(1, epochs + 1):
         task.train()
         task.set_epoch(epoch)
@@ -200,7 +205,9 @@ def fit(
             if step.last:
                 if config.clip_grad is not None:
                     accelerator.unscale_gradients(optimizer)
-                    dispatch_clip_grad(task.get_clip_parameters(config.clip_mode == 'agc'), config.clip_grad, config.clip_mode)
+                    dispatch_clip_grad(
+                        task.get_clip_parameters(config.clip_mode == 'agc'), config.clip_grad, config.clip_mode
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
                 updates += 1
@@ -214,8 +221,7 @@ def fit(
         if not math.isfinite(train['loss']):
             raise UserError(f'the training loss is {train["loss"]} in epoch {epoch} of the {title}; try a lower --lr')
         task.eval()
-        eval_model = task.get_eval_model()
-        metrics, _ = evaluate(lambda pixels: eval_model(task.view(pixels)), val_loader, accelerator, reference)
+        metrics = assess(task.get_eval_model())
         row = {
             'epoch': epoch,
             'train_loss': train.pop('loss'),
@@ -228,9 +234,7 @@ def fit(
         if 'agreement' in metrics:
             row['eval_agreement'] = metrics['agreement']
         if task.has_ema():
-            ema_model = task.get_eval_model(ema=True)
-            ema, _ = evaluate(lambda pixels: ema_model(task.view(pixels)), val_loader, accelerator, reference)
-            row.update({f'eval_{k}_ema': v for k, v in ema.items()})
+            row.update({f'eval_{k}_ema': v for k, v in assess(task.get_eval_model(ema=True)).items()})
         row.update({f'train_{k}': v for k, v in train.items()})
         history.append(row)
         scheduler.step(epoch, metrics['top1'])

@@ -28,7 +28,7 @@ class SampleError(UserError):
 def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return ``" (did you mean 'a', 'b'?)"`` for the names nearest to ``name``, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.6)
-    return f" (did you mean {', '.join(repr(x) for x in near)}?)" if near else ""
+    return f' (did you mean {", ".join(repr(x) for x in near)}?)' if near else ''
 
 
 def run_main(program: Callable[[], object], name: str, debug: bool) -> int:

@@ -84,9 +84,7 @@ def export_model(
 
     folder = Path(folder)
     parts = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
-    data_config = dict(
-        data_config, test_input_size=data_config['input_size'], test_crop_pct=data_config['crop_pct']
-    )
+    data_config = dict(data_config, test_input_size=data_config['input_size'], test_crop_pct=data_config['crop_pct'])
     model.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     try:
         save_for_hf(

@@ -20,7 +20,7 @@ from .hub import hub_in_reach
 Floats = Sequence[float]
 
 
-# ------------------------------------------------------------------------------------------------- what a network sees
+# -------------------------------------------------------------------------------------------------- what a network sees
 
 
 class InputView(nn.Module):
@@ -150,7 +150,7 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
-# ----------------------------------------------------------------------------------------------------- names and weights
+# ---------------------------------------------------------------------------------------------------- names and weights
 
 
 @dataclass
@@ -205,7 +205,7 @@ def look_up(name: str, flag: str) -> ModelCard:
         elif not models.is_model(name):
             arch = models.get_arch_name(name)
             raise UserError(
-                f"{flag} {name}: unknown model{did_you_mean(arch, models.list_models())}; "
+                f'{flag} {name}: unknown model{did_you_mean(arch, models.list_models())}; '
                 "`timm-rld list models '*name*'` shows timm's names"
             )
         else:
@@ -308,7 +308,7 @@ def _head_size(state: dict[str, Tensor], config: dict[str, Any]) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- class maps
+# ----------------------------------------------------------------------------------------------------------- class maps
 
 
 def _normal(name: str) -> str:
@@ -335,7 +335,9 @@ def match_classes(class_names: Sequence[str], card: ModelCard) -> list[int]:
         info = ImageNetInfo(subset)
         texts = [[n, info.label_name_to_description(n)] for n in info.label_names()]
     else:
-        raise UserError(f'{flag}: {card.name} does not name its {card.num_classes} outputs; give a JSON FILE of indices')
+        raise UserError(
+            f'{flag}: {card.name} does not name its {card.num_classes} outputs; give a JSON FILE of indices'
+        )
     full: dict[str, set[int]] = {}
     partial: dict[str, set[int]] = {}
     for i, entries in enumerate(texts):
@@ -391,7 +393,7 @@ def read_class_map(path: str, num_classes: int, class_names: Sequence[str] | Non
     return data
 
 
-# -------------------------------------------------------------------------------------------------------------- builders
+# ------------------------------------------------------------------------------------------------------------- builders
 
 
 @dataclass
@@ -510,14 +512,20 @@ def create_teacher(
     outputs = num_classes
     if to_fit:
         if class_map is not None:
-            raise UserError('--teacher-class-map: a teacher that is fitted has the classes of the dataset; leave it out')
+            raise UserError(
+                '--teacher-class-map: a teacher that is fitted has the classes of the dataset; leave it out'
+            )
         if checkpoint:
             raise UserError('--teacher-checkpoint with --teacher-epochs: choose one of the two')
     else:
         if state is not None:
             outputs = _head_size(state, card.config) or num_classes
         elif not card.has_weights or not pretrained:
-            why = 'no weights are published for it' if not card.has_weights else '--no-teacher-pretrained leaves it random'
+            why = (
+                'no weights are published for it'
+                if not card.has_weights
+                else '--no-teacher-pretrained leaves it random'
+            )
             raise UserError(
                 f'--teacher {name}: {why}. Give --teacher-epochs N to fit it on this dataset first, or '
                 '--teacher-checkpoint FILE'
@@ -533,7 +541,7 @@ def create_teacher(
         if class_map is None and outputs != num_classes:
             raise UserError(
                 f'--teacher {name}: its head has {outputs} classes, the dataset {num_classes}; timm would put a random '
-                f'head in its place.\nWays out: --teacher-epochs N (fit it on this dataset first), --teacher-checkpoint '
+                'head in its place.\nWays out: --teacher-epochs N (fit it on this dataset first), --teacher-checkpoint '
                 f'FILE (weights for these classes), --teacher-class-map auto|FILE (pick them from its {outputs})'
             )
     index = _resolve_class_map(class_map, card, outputs, num_classes, class_names, from_file=state is not None)
@@ -635,9 +643,11 @@ def audit(pair: Pair) -> list[str]:
             lines.append('normalisation ({}): teacher {}, student {}'.format(what, *shown))
     if teacher.view.size:
         h, w = pair.data_config['input_size'][-2:]
-        lines.append(f'size: the teacher sees the {h}×{w} view resized to {teacher.view.size[0]}×{teacher.view.size[1]}')
+        lines.append(
+            f'size: the teacher sees the {h}×{w} view resized to {teacher.view.size[0]}×{teacher.view.size[1]}'
+        )
     if teacher.class_map is not None:
-        lines.append(f'classes: {len(teacher.class_map)} of the teacher\'s {teacher.model.num_classes} outputs are used')
+        lines.append(f"classes: {len(teacher.class_map)} of the teacher's {teacher.model.num_classes} outputs are used")
     return lines
 
 

@@ -64,7 +64,6 @@ def write_results(run: Path, results: dict[str, Any]) -> None:
     os.replace(part, run / 'results.json')
 
 
-
 class Means:
     """Sample-weighted sums of a step's 0-d results, kept on the device so that no step waits for it."""
 
@@ -124,12 +123,14 @@ class Progress:
     def end_epoch(self, row: dict[str, float]) -> None:
         if not self.active:
             return
-        kd = '' if math.isnan(row['train_kd_loss']) else f' (task {row["train_task_loss"]:.4f} kd {row["train_kd_loss"]:.4f})'
+        parts = f' (task {row["train_task_loss"]:.4f} kd {row["train_kd_loss"]:.4f})'
+        kd = '' if math.isnan(row['train_kd_loss']) else parts
         ema = f' ema {row["eval_top1_ema"]:.2f}' if 'eval_top1_ema' in row else ''
         eta = (time.perf_counter() - self.started) / row['epoch'] * (self.epochs - row['epoch'])
         line = (
-            f'{self.title} epoch {row["epoch"]:.0f}/{self.epochs}  loss {row["train_loss"]:.4f}{kd}  top-1 '
-            f'{row["eval_top1"]:.2f}{ema}  lr {row["lr"]:.3g}  {row["images_per_second"]:.0f} img/s  eta {_duration(eta)}'
+            f'{self.title} epoch {row["epoch"]:.0f}/{self.epochs}  loss {row["train_loss"]:.4f}{kd}  '
+            f'top-1 {row["eval_top1"]:.2f}{ema}  lr {row["lr"]:.3g}  {row["images_per_second"]:.0f} img/s  '
+            f'eta {_duration(eta)}'
         )
         if self.bar is not None:
             self.bar.update(self.unshown)
@@ -153,6 +154,4 @@ def append_row(path: Path, row: dict[str, float]) -> None:
         writer = csv.DictWriter(f, fieldnames=list(row))
         if f.tell() == 0:
             writer.writeheader()
-        writer.writerow(
-            {k: '' if isinstance(v, float) and math.isnan(v) else f'{v:.6g}' for k, v in row.items()}
-        )
+        writer.writerow({k: '' if isinstance(v, float) and math.isnan(v) else f'{v:.6g}' for k, v in row.items()})

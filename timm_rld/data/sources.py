@@ -106,7 +106,7 @@ def open_split(
     if dataset and kind not in ('hfds', 'torch', *STREAMED):
         hint = f'hfds/{dataset}' if sep else f'--data-dir {dataset}'
         raise UserError(
-            f"--dataset {dataset}: expected hfds/…, hfids/…, wds/… or torch/…; did you mean {hint}? "
+            f'--dataset {dataset}: expected hfds/…, hfids/…, wds/… or torch/…; did you mean {hint}? '
             f'(folders of images: --data-dir alone)'
         )
     if data_dir is not None:
@@ -218,12 +218,10 @@ def _find_split(root: str, split: str, flag: str) -> str:
                 return candidate
     there = sorted(p.name.removesuffix('.tar') for p in Path(root).iterdir() if p.is_dir() or p.suffix == '.tar')
     listed = ', '.join(there[:8]) + (', …' if len(there) > 8 else '') if there else 'no folder at all'
-    raise UserError(f"{flag} {split}: no such folder in --data-dir {root} (there: {listed})")
+    raise UserError(f'{flag} {split}: no such folder in --data-dir {root} (there: {listed})')
 
 
-def _explain(
-    e: Exception, kind: str, name: str, root: str | None, split: str, flag: str, download: bool
-) -> UserError:
+def _explain(e: Exception, kind: str, name: str, root: str | None, split: str, flag: str, download: bool) -> UserError:
     """What a user needs to know of an exception from timm's ``create_dataset``."""
     text = ' '.join(str(e).split()) or type(e).__name__
     if kind in ('hfds', 'hfids'):

@@ -64,7 +64,7 @@ class DistillLoss(nn.Module):
             )
         if teacher.shape != student.shape or not teacher.is_floating_point():
             raise ValueError(
-                f'{name}: expected teacher logits like the student\'s {_describe(student)}, got {_describe(teacher)}'
+                f"{name}: expected teacher logits like the student's {_describe(student)}, got {_describe(teacher)}"
             )
         if self.needs_target:
             if target is None:
@@ -78,7 +78,7 @@ class DistillLoss(nn.Module):
             return
         self._checked_on.add(student.device)
         if torch.isnan(teacher).any():
-            raise ValueError(f'{name}: the teacher\'s logits hold NaN')
+            raise ValueError(f"{name}: the teacher's logits hold NaN")
         if self.needs_target and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < student.shape[1]:
             raise ValueError(
                 f'{name}: expected targets in 0..{student.shape[1] - 1}, got {int(target.min())}..{int(target.max())}'
