@@ -73,7 +73,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
                       'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa',
                       'train_interpolation', 'reprob', 'remode', 'recount'),
     )  # fmt: skip
-    config.img_size = pair.data_config['input_size'][-1]
+    height, width = pair.data_config['input_size'][-2:]
+    config.img_size = height if height == width else None
     run_folder = runs.open_run(config, accelerator)
     if accelerator.is_main_process:
         (run_folder / 'args.yaml').write_text(to_yaml(config), encoding='utf-8')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 
@@ -57,7 +58,7 @@ def network(name: str) -> torch.nn.Module:
 def test_a_teacher_of_other_normalisation_and_size_gives_the_logits_it_gives_alone(name, norm):
     mean, std = norm
     model = network(name)
-    teacher = Teacher(model, input_view(model, mean=mean, std=std, view_size=32))
+    teacher = Teacher(model, input_view(model, mean=mean, std=std, view_size=(32, 32)))
     x = PIXELS.float() / 255
     if name == VIT:
         assert teacher.view.size == (224, 224)
@@ -67,9 +68,9 @@ def test_a_teacher_of_other_normalisation_and_size_gives_the_logits_it_gives_alo
 
 
 def test_a_fixed_size_teacher_that_sees_its_own_size_is_not_resized():
-    assert input_view(network(VIT), view_size=224).size is None
-    assert input_view(timm.create_model('test_resnet'), view_size=32).size is None
-    assert input_view(timm.create_model('test_resnet'), img_size=64, view_size=32).size == (64, 64)
+    assert input_view(network(VIT), view_size=(224, 224)).size is None
+    assert input_view(timm.create_model('test_resnet'), view_size=(32, 32)).size is None
+    assert input_view(timm.create_model('test_resnet'), img_size=64, view_size=(32, 32)).size == (64, 64)
 
 
 def test_a_view_and_its_inverse_agree():
@@ -104,7 +105,7 @@ def test_a_model_folder_keeps_its_own_normalisation(trained_teacher):
     assert (teacher.view.std.flatten() / 255).tolist() == pytest.approx([0.2, 0.25, 0.3])
 
 
-@pytest.mark.parametrize('form', ['safetensors', 'bare', 'state_dict', 'model', 'module.'])
+@pytest.mark.parametrize('form', ['safetensors', 'bare', 'state_dict', 'model', 'module.', 'of timm train.py'])
 def test_checkpoints_are_read_in_each_form(weights, tmp_path, form):
     path, model = weights
     state = model.state_dict()
@@ -112,7 +113,11 @@ def test_checkpoints_are_read_in_each_form(weights, tmp_path, form):
         path = tmp_path / 'w.pth'
         if form == 'module.':
             state = {f'module.{k}': v for k, v in state.items()}
-        torch.save({form: state} if form in ('state_dict', 'model') else state, path)
+        elif form in ('state_dict', 'model'):
+            state = {form: state}
+        elif form == 'of timm train.py':
+            state = dict(epoch=3, arch='test_resnet', state_dict=state, args=argparse.Namespace(lr=1), optimizer={})
+        torch.save(state, path)
     teacher = create_teacher('test_resnet', 3, checkpoint=str(path))
     assert torch.equal(teacher(PIXELS), Teacher(model)(PIXELS))
 

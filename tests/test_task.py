@@ -17,7 +17,7 @@ TARGET = torch.tensor([0, 2, 1, 2])
 
 @pytest.fixture
 def teacher(trained_teacher) -> Teacher:
-    return create_teacher(f'local-dir:{trained_teacher}', 3, view_size=32)
+    return create_teacher(f'local-dir:{trained_teacher}', 3, view_size=(32, 32))
 
 
 @pytest.fixture

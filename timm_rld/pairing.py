@@ -119,21 +119,25 @@ def input_view(
     mean: Floats | None = None,
     std: Floats | None = None,
     img_size: int | None = None,
-    view_size: int | None = None,
+    view_size: tuple[int, int] | None = None,
 ) -> InputView:
     """The view of a timm model: the normalisation of its config, and a resize where it takes one size only.
 
     Args:
         mean, std: in place of the config's.
         img_size: resize to this size.
-        view_size: size of the shared pixels, to leave out a resize that does nothing.
+        view_size: (H, W) of the shared pixels, to leave out a resize that does nothing.
     """
     from timm.data import resolve_input_data_config
 
     args = {k: tuple(v) for k, v in (('mean', mean), ('std', std)) if v is not None}
     config = resolve_input_data_config(model, args)
-    size = (img_size, img_size) if img_size else config['input_size'][-2:] if has_fixed_size(model) else None
-    if size == (view_size, view_size):
+    size = None
+    if img_size:
+        size = (img_size, img_size)
+    elif has_fixed_size(model):
+        size = tuple(config['input_size'][-2:])
+    if size == view_size:
         size = None
     return InputView(config['mean'], config['std'], size, config['interpolation'])
 
@@ -481,7 +485,7 @@ def create_teacher(
     class_map: str | Sequence[int] | None = None,
     to_fit: bool = False,
     in_chans: int = 3,
-    view_size: int = 224,
+    view_size: tuple[int, int] = (224, 224),
     img_size: int | None = None,
     mean: Floats | None = None,
     std: Floats | None = None,
@@ -496,7 +500,7 @@ def create_teacher(
         class_map: `auto`, a JSON file, or a list: for each class of the dataset the teacher's output.
         to_fit: it will be trained on this dataset first: a fresh head is what is wanted.
         in_chans: of the dataset.
-        view_size: size of the images that the student sees.
+        view_size: (H, W) of the images that the student sees.
         img_size: resize the view to this size for the teacher; None: only where its network wants one size.
         mean, std: in place of the model's.
 
@@ -553,7 +557,7 @@ def create_teacher(
         _load_into(model, state, f'--teacher-checkpoint {checkpoint} for --teacher {name}')
     view = input_view(model, mean=mean, std=std, img_size=img_size, view_size=view_size)
     teacher = Teacher(model, view, index, name)
-    size = view.size or (view_size, view_size)
+    size = view.size or view_size
     _try_forward(model, (in_chans, *size), outputs, f'--teacher {name}')
     return teacher
 
@@ -608,7 +612,7 @@ def create_pair(
         pair.teacher = create_teacher(
             teacher, num_classes, class_names=class_names, pretrained=teacher_pretrained, checkpoint=teacher_checkpoint,
             class_map=teacher_class_map, to_fit=fit_teacher, in_chans=in_chans, img_size=teacher_img_size,
-            view_size=pair.data_config['input_size'][-1], mean=teacher_mean, std=teacher_std,
+            view_size=tuple(pair.data_config['input_size'][-2:]), mean=teacher_mean, std=teacher_std,
         )  # fmt: skip
     return pair
 

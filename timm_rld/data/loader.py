@@ -66,7 +66,7 @@ class Loader:
             self.loader = DataLoader(
                 ReplayDataset(source, transform, seed if training else None),
                 batch_sampler=self.sampler,
-                persistent_workers=training and workers > 0,
+                persistent_workers=workers > 0,
                 **common,
             )
 
