@@ -31,7 +31,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
     try:
         row = get_criterion(config.distill)
-        options = {**config.distill_kwargs, **({'standardize': True} if config.standardize else {})}
+        row = row.standardized() if config.standardize else row
+        options = {**row.options, **config.distill_kwargs}
         criterion = create_distill_loss(config.distill, **options) if row.cls or options else None
     except ValueError as e:
         raise UsageError(f'--distill {config.distill}: {e}') from e
@@ -117,7 +118,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     # ---- export
     last, best = history[-1], max(history, key=lambda r: r['eval_top1'])
     results = dict(
-        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options={**row.options, **options},
+        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=options,
         num_classes=num_classes, teacher_top1=teacher_top1, student_top1=last['eval_top1'],
         student_top1_best=best['eval_top1'], best_epoch=best['epoch'], student_top1_ema=last.get('eval_top1_ema'),
         agreement=last.get('eval_agreement'), command=command,

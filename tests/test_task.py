@@ -118,3 +118,18 @@ def test_ema_and_checkpoint_state_hold_the_student_alone(student, teacher):
     state = task.get_checkpoint_state()['state_dict']
     assert set(state) == set(student.state_dict())
     assert set(task.trainable_module_ema.module.state_dict()) == set(student.state_dict())
+
+
+def test_a_criterion_that_learns_hands_its_parameters_to_optimizer_and_checkpoint(student, teacher):
+    task = DistillationTask(student, teacher, 'ctkd')
+    (theta,) = task.criterion_parameters()
+    task.set_epoch(3)
+    task(PIXELS, TARGET)['loss'].backward()
+    assert theta.grad is not None and theta.grad != 0
+    with torch.no_grad():
+        theta.fill_(2.0)
+    other = DistillationTask(student, teacher, 'ctkd')
+    checkpoint = task.get_checkpoint_state()
+    other.load_checkpoint_state(checkpoint['state_dict'], checkpoint['task_state'])
+    assert other.criterion.theta.item() == 2.0
+    assert DistillationTask(student, teacher, 'rld').get_task_state() == {}

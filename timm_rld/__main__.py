@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from .config import Parser, list_recipes
-from .errors import run_main
+from .errors import UsageError, run_main
 
 
 def list_things(what: str, pattern: str) -> None:
@@ -23,14 +24,40 @@ def list_things(what: str, pattern: str) -> None:
             print(f'{path}  {first_line}')
 
 
+def bench(args: argparse.Namespace) -> None:
+    """Print a benchmark's table as Markdown."""
+    from .bench import bench_loss, markdown, parse_shape
+    from .loss import get_criterion
+
+    for name in args.criteria or ():
+        if get_criterion(name).cls is None:
+            raise UsageError(f'--criteria {name}: distils nothing')
+    if args.repeats < 1:
+        raise UsageError(f'--repeats {args.repeats}: must be at least 1')
+    shapes = [parse_shape(s) for s in args.shapes]
+    print(markdown(bench_loss(args.criteria, shapes, compiled=not args.no_compile, repeats=args.repeats,
+                              device=args.device)))  # fmt: skip
+
+
 def parse(argv: list[str]) -> None:
     parser = Parser(prog='timm-rld', description='Tools around train_distill.py.', allow_abbrev=False)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
     verb = verbs.add_parser('list', help='list criteria, models or recipes')
     verb.add_argument('what', choices=('criteria', 'models', 'recipes'))
     verb.add_argument('pattern', nargs='?', default='', help="of models, e.g. '*resnet*'")
+    verb.set_defaults(run=lambda a: list_things(a.what, a.pattern))
+
+    verb = verbs.add_parser('bench', help='measure')
+    verb.add_argument('what', choices=('loss',), help='loss: time and memory of every criterion')
+    verb.add_argument('--criteria', nargs='+', metavar='NAME', help='default: all')
+    verb.add_argument('--shapes', nargs='+', default=('64x100', '256x1000', '64x21841'), metavar='BxC')
+    verb.add_argument('--no-compile', action='store_true', help='eager alone')
+    verb.add_argument('--repeats', type=int, default=15)
+    verb.add_argument('--device', default='cpu')
+    verb.set_defaults(run=bench)
+
     args = parser.parse_args(argv)
-    list_things(args.what, args.pattern)
+    args.run(args)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -97,7 +97,11 @@ class Config:
     # distillation
     distill: str = setting('rld', DISTILL, 'criterion, see the table below')
     distill_kwargs: dict = setting({}, DISTILL, "the criterion's options, as name=value: alpha=1 beta=8 temperature=4")
-    standardize: bool = setting(False, DISTILL, 'standardise both logits first (z-score of each row)')
+    standardize: bool = setting(
+        False,
+        DISTILL,
+        'standardise both logits first (z-score of each row); temperature 2 and 9 times the weight unless given',
+    )
     task_loss_weight: float | None = setting(
         None, DISTILL, "weight of the cross-entropy (default: the criterion's)", ge=0
     )

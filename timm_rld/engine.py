@@ -168,7 +168,10 @@ def fit(
     task.to(memory_format=memory_format)
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+    learned = task.criterion_parameters()
     optimizer = create_optimizer(module, config)
+    if learned:
+        optimizer.add_param_group({'params': learned, 'weight_decay': 0.0})
     scheduler = create_scheduler(optimizer, config, epochs, train_loader.updates_per_epoch)
     if config.torchcompile:
         task.compile()
@@ -203,6 +206,8 @@ def fit(
                 accelerator.backward(result['loss'] * (step.count * world / step.group))
             means.add(result, step.count)
             if step.last:
+                for p in learned if world > 1 else []:
+                    p.grad = accelerator.reduce(p.grad, 'mean')
                 if config.clip_grad is not None:
                     accelerator.unscale_gradients(optimizer)
                     dispatch_clip_grad(

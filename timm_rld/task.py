@@ -79,6 +79,28 @@ class DistillationTask(TrainingTask):
         if hasattr(self.criterion, 'set_epoch'):
             self.criterion.set_epoch(epoch)
 
+    def criterion_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the criterion learns, for the optimizer (without weight decay). With several processes their
+        gradients must be averaged by whoever steps: they are not in the student's DDP."""
+        if not isinstance(self.criterion, nn.Module):
+            return []
+        return [p for p in self.criterion.parameters() if p.requires_grad]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """The criterion's state, for checkpoints; empty where it learns nothing."""
+        return {'criterion': self.criterion.state_dict()} if self.criterion_parameters() else {}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Load what :meth:`get_task_state` returned."""
+        if self.criterion_parameters() and (state or strict):
+            self.criterion.load_state_dict((state or {})['criterion'], strict=strict)
+
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> DistillationTask:
         """Wrap the student in DDP, and not the teacher."""
         self.trainable_module = nn.parallel.DistributedDataParallel(

@@ -2,19 +2,49 @@
 
 from ._base import DistillLoss
 from ._factory import CRITERIA, Criterion, create_distill_loss, describe_criteria, get_criterion
+from .atkd import ATKD, atkd_loss
+from .bild import BiLD, bild_loss
+from .ctkd import CTKD
+from .dkd import DKD, non_target_class_loss, target_class_loss
 from .kd import KD, kd_loss
+from .la import LA, la_loss
+from .lr import LR, lr_loss
+from .mlkd import MLKD, mlkd_loss
+from .normkd import NormKD, normkd_loss
+from .rc import RC, correction_loss
 from .rld import RLD, masked_correlation_loss, sample_confidence_loss
+from .wttm import WTTM, wttm_loss
 
 __all__ = [
+    'ATKD',
+    'BiLD',
     'CRITERIA',
+    'CTKD',
     'Criterion',
+    'DKD',
     'DistillLoss',
     'KD',
+    'LA',
+    'LR',
+    'MLKD',
+    'NormKD',
+    'RC',
     'RLD',
+    'WTTM',
+    'atkd_loss',
+    'bild_loss',
+    'correction_loss',
     'create_distill_loss',
     'describe_criteria',
     'get_criterion',
     'kd_loss',
+    'la_loss',
+    'lr_loss',
     'masked_correlation_loss',
+    'mlkd_loss',
+    'non_target_class_loss',
+    'normkd_loss',
     'sample_confidence_loss',
+    'target_class_loss',
+    'wttm_loss',
 ]

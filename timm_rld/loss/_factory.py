@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import did_you_mean
 from ._base import DistillLoss
+from .atkd import ATKD
+from .bild import BiLD
+from .ctkd import CTKD
+from .dkd import DKD
 from .kd import KD
+from .la import LA
+from .lr import LR
+from .mlkd import MLKD
+from .normkd import NormKD
+from .rc import RC
 from .rld import RLD
+from .wttm import WTTM
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class Criterion:
         task_weight: published weight of the cross-entropy.
         distill_weight: published weight of the distillation term.
         warmup_epochs: N of the published ramp min(epoch / N, 1) of the distillation term, 0 for none.
+        imagenet: flags that turn these values, which are those of CIFAR-100, into the published ones of ImageNet.
+        not_standardized: why logit standardisation makes no sense with it; empty where it does.
     """
 
     name: str
@@ -42,25 +54,102 @@ class Criterion:
     task_weight: float = 1.0
     distill_weight: float = 1.0
     warmup_epochs: int = 0
+    imagenet: str = ''
+    not_standardized: str = ''
+
+    def standardized(self) -> Criterion:
+        """The row for standardised logits, as `--standardize` takes it: temperature 2, distillation weight times 9.
+
+        Raises:
+            ValueError: where standardisation makes no sense.
+        """
+        if self.not_standardized:
+            raise ValueError(f"criterion '{self.name}' is not combined with standardize: {self.not_standardized}")
+        options = {**self.options, 'standardize': True}
+        if 'temperature' in options:
+            options['temperature'] = 2.0
+        return replace(self, options=MappingProxyType(options), distill_weight=9 * self.distill_weight)
 
 
 def _row(*args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Criterion:
     return Criterion(*args, options=MappingProxyType(options or {}), **kwargs)
 
 
+_SCALED = 'it scales the logits already'
+
 CRITERIA: dict[str, Criterion] = {
     row.name: row
     for row in (
-        _row('none', None, 'no distillation: cross-entropy alone', '', None, distill_weight=0.0),
         _row(
-            'kd', KD, 'τ²·KL of the softened probabilities',
-            'Distilling the Knowledge in a Neural Network, Hinton, Vinyals, Dean', 2015,
-            options={'temperature': 4.0}, task_weight=0.1, distill_weight=0.9,
+            'none', None, 'no distillation: cross-entropy alone', '', None, distill_weight=0.0,
+            not_standardized='it distils nothing',
         ),
         _row(
             'rld', RLD, 'refined logits: sample confidence + masked correlation',
             'Knowledge Distillation with Refined Logits, Sun et al., ICCV', 2025,
             options={'alpha': 1.0, 'beta': 8.0, 'temperature': 4.0, 'alpha_temperature': None}, warmup_epochs=20,
+            imagenet='--distill-kwargs beta=0.5 temperature=1 --distill-warmup-epochs 1',
+        ),
+        _row(
+            'kd', KD, 'τ²·KL of the softened probabilities',
+            'Distilling the Knowledge in a Neural Network, Hinton, Vinyals, Dean', 2015,
+            options={'temperature': 4.0}, task_weight=0.1, distill_weight=0.9,
+            imagenet='--distill-kwargs temperature=1 --task-loss-weight 0.5 --distill-loss-weight 0.5',
+        ),
+        _row(
+            'dkd', DKD, 'decoupled: target class + other classes',
+            'Decoupled Knowledge Distillation, Zhao et al., CVPR', 2022,
+            options={'alpha': 1.0, 'beta': 8.0, 'temperature': 4.0}, warmup_epochs=20,
+            imagenet='--distill-kwargs beta=0.5 temperature=1 --distill-warmup-epochs 1',
+        ),
+        _row(
+            'la', LA, "label augment: KD after exchanging the teacher's top and true logit",
+            'as compared in Knowledge Distillation with Refined Logits, Sun et al., ICCV', 2025,
+            options={'temperature': 4.0}, task_weight=0.0,
+        ),
+        _row(
+            'rc', RC, "review and correction: KD + the student's own corrected logits",
+            'as compared in Knowledge Distillation with Refined Logits, Sun et al., ICCV', 2025,
+            options={'temperature': 4.0, 'kd_weight': 1.0, 'rc_weight': 0.1},
+        ),
+        _row(
+            'lr', LR, 'label revision: logits where the teacher is right, revised labels where it is wrong',
+            'Improve Knowledge Distillation via Label Revision and Data Selection, Lan et al.', 2024,
+            options={'lambda1': 4.0, 'lambda2': 1.0, 'eta': 0.8}, task_weight=0.0,
+            not_standardized='it compares raw logits',
+        ),
+        _row(
+            'mlkd', MLKD, 'multi-level: probabilities, sample and class correlations, at five temperatures',
+            'Multi-Level Logit Distillation, Jin, Wang, Lin, CVPR', 2023,
+            options={'temperatures': [4.0, 3.0, 5.0, 2.0, 6.0]}, task_weight=0.1, distill_weight=0.9,
+        ),
+        _row(
+            'ctkd', CTKD, 'KD at a temperature learned against the student',
+            'Curriculum Temperature for Knowledge Distillation, Li et al., AAAI', 2023,
+            options={'t_start': 1.0, 't_end': 20.0, 'decay_epochs': 10}, task_weight=0.1, distill_weight=0.9,
+        ),
+        _row(
+            'normkd', NormKD, "KD at a temperature from each row's deviation",
+            'NormKD: Normalized Logits for Knowledge Distillation, Chi et al.', 2023,
+            options={'t_norm': 2.0}, task_weight=0.1, distill_weight=0.9, not_standardized=_SCALED,
+            imagenet='--distill-kwargs t_norm=1 --task-loss-weight 0.5 --distill-loss-weight 0.5',
+        ),
+        _row(
+            'atkd', ATKD, "KD of standardised logits at a temperature from each sample's highest",
+            'Adaptive Temperature Based on Logits Correlation in Knowledge Distillation, Matsuyama et al.', 2025,
+            task_weight=0.1, distill_weight=9.0, not_standardized=_SCALED,
+        ),
+        _row(
+            'wttm', WTTM, "the teacher's probabilities to a power, samples weighted by its doubt",
+            'Knowledge Distillation Based on Transformed Teacher Matching, Zheng, Yang, ICLR', 2024,
+            options={'gamma': 0.1, 'beta': 3.0}, not_standardized='its power transform is a temperature of its own',
+            imagenet='--distill-kwargs gamma=0.8 beta=1.6',
+        ),
+        _row(
+            'bild', BiLD, 'differences of the highest logits, led by teacher and by student',
+            'BiLD: Bi-directional Logits Difference Loss for Large Language Model Distillation, Li et al., COLING', 2025,
+            options={'top_k': 8, 'temperature': 3.0}, distill_weight=9.0,
+            not_standardized='it compares differences of logits',
         ),
     )
 }  # fmt: skip
@@ -91,6 +180,8 @@ def describe_criteria() -> str:
                 f'options: {options}'
             )
             lines.append(f'{"":<{width}}  {row.paper}, {row.year}')
+            if row.imagenet:
+                lines.append(f'{"":<{width}}  ImageNet: {row.imagenet}')
     return '\n'.join(lines)
 
 
@@ -109,9 +200,13 @@ def create_distill_loss(name: str, **options: Any) -> DistillLoss:
         ValueError: for an unknown name, an option that the criterion does not have, or a value out of its range.
     """
     row = get_criterion(name)
+    if options.get('standardize'):
+        row.standardized()
     if row.cls is None:
         raise ValueError(f"'{name}' distils nothing, so there is no criterion to create")
     known = inspect.signature(row.cls).parameters
+    if row.not_standardized:
+        options.pop('standardize', None)
     for option in options:
         if option not in known:
             raise ValueError(

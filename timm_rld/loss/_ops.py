@@ -23,17 +23,24 @@ def kl_div(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     return F.kl_div(student_log_probs, teacher_log_probs, reduction='batchmean', log_target=True)
 
 
-def mask_classes(logits: Tensor, masked: Tensor) -> Tensor:
-    """Take classes out of a softmax: their logits become the lowest finite number, and pass no gradient.
+def kl_rows(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of each row of log-probabilities `[B, C]`, `[B]`."""
+    return F.kl_div(student_log_probs, teacher_log_probs, reduction='none', log_target=True).sum(dim=1)
 
-    A row of which every class is masked becomes constant, so that a KL divergence between two such rows is 0
-    (minus infinity would give NaN there).
+
+def without_class(logits: Tensor, index: Tensor) -> Tensor:
+    """Take one class of each row out of a softmax: its logit becomes the lowest finite number, and passes no gradient.
 
     Args:
         logits: `[B, C]`.
-        masked: bool `[B, C]`, True where the class is taken out.
+        index: int64 `[B]`.
     """
-    return logits.masked_fill(masked, torch.finfo(logits.dtype).min)
+    return logits.scatter(1, index.unsqueeze(1), torch.finfo(logits.dtype).min)
+
+
+def one_hot(logits: Tensor, index: Tensor) -> Tensor:
+    """bool `[B, C]` like ``logits``, True at ``index`` `[B]` of each row."""
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, index.unsqueeze(1), True)
 
 
 def binary_log_probs(logits: Tensor, index: Tensor) -> Tensor:
@@ -48,7 +55,5 @@ def binary_log_probs(logits: Tensor, index: Tensor) -> Tensor:
     Returns:
         `[B, 2]`, each row sums to 1 after exp.
     """
-    index = index.unsqueeze(1)
-    others = mask_classes(logits, torch.zeros_like(logits, dtype=torch.bool).scatter_(1, index, True))
-    pair = torch.cat([logits.gather(1, index), others.logsumexp(dim=1, keepdim=True)], dim=1)
-    return F.log_softmax(pair, dim=1)
+    others = without_class(logits, index).logsumexp(dim=1, keepdim=True)
+    return F.log_softmax(torch.cat([logits.gather(1, index.unsqueeze(1)), others], dim=1), dim=1)
