@@ -74,8 +74,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
                       'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa',
                       'train_interpolation', 'reprob', 'remode', 'recount'),
     )  # fmt: skip
-    height, width = pair.data_config['input_size'][-2:]
-    config.img_size = height if height == width else None
+    config.img_size = pair.img_size
     run_folder = runs.open_run(config, accelerator)
     if accelerator.is_main_process:
         (run_folder / 'args.yaml').write_text(to_yaml(config), encoding='utf-8')
@@ -131,7 +130,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             export_model(task.trainable_module_ema.module, run_folder / 'student_ema', **kwargs)
         runs.write_results(run_folder, results)
     accelerator.end_training()
-    taught = '' if teacher is None else f'teacher top-1 {teacher_top1:.2f}, '
+    taught = f'teacher top-1 {teacher_top1:.2f}, ' if teacher is not None else ''
     say(f'{run_folder}: {taught}student top-1 {last["eval_top1"]:.2f}')
     return {**results, 'run': str(run_folder)}
 

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from torch import nn
 
-from timm_rld import DistillationTask, engine
+from timm_rld import DistillationTask, create_distill_loss, create_teacher, engine
 from timm_rld.config import Config, resolve
 from timm_rld.data import Loader, eval_transform, open_split
 from timm_rld.errors import UsageError, UserError
+from timm_rld.loss import CRITERIA
+from train_distill import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,10 +148,11 @@ def launch(argv: list[str], processes: int) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
 
 
-def test_two_processes_train_and_evaluate_as_one(folder, trained_teacher, tmp_path):
+@pytest.mark.parametrize('criterion', ['rld', 'ctkd'])
+def test_two_processes_train_and_evaluate_as_one(criterion, folder, trained_teacher, tmp_path):
     common = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_vit', '--data-dir', str(folder),
               '--img-size', '32', '--epochs', '2', '--lr', '0.05', '--grad-accum-steps', '2', '--workers', '0',
-              '--min-teacher-acc', '0', '--output', str(tmp_path)]  # fmt: skip
+              '--min-teacher-acc', '0', '--output', str(tmp_path), '--distill', criterion]  # fmt: skip
     rows, results = [], []
     for processes, batch_size in ((1, '8'), (2, '4')):
         done = launch([*common, '--batch-size', batch_size, '--experiment', str(processes)], processes)
@@ -162,3 +166,37 @@ def test_two_processes_train_and_evaluate_as_one(folder, trained_teacher, tmp_pa
             assert float(two[key]) == pytest.approx(float(one[key]), rel=2e-4, abs=1e-6), key
     for key in ('teacher_top1', 'student_top1', 'agreement'):
         assert results[0][key] == results[1][key]
+
+
+@pytest.mark.parametrize('name', [n for n, row in CRITERIA.items() if row.cls])
+@pytest.mark.parametrize('standardize', [False, True])
+def test_every_criterion_trains(name, standardize, folder, trained_teacher, tmp_path):
+    if standardize and CRITERIA[name].not_standardized:
+        pytest.skip('not combined')
+    argv = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_resnet', '--data-dir', str(folder),
+            '--img-size', '32', '--epochs', '2', '--workers', '0', '-b', '8', '--lr', '0.001', '--min-teacher-acc', '0',
+            '--distill', name, '--output', str(tmp_path), '--experiment', 'x']  # fmt: skip
+    assert main([*argv, *(['--standardize'] if standardize else [])]) == 0
+    rows = list(csv.DictReader((tmp_path / 'x' / 'summary.csv').open()))
+    assert all(float(r['train_loss']) == pytest.approx(float(r['train_loss'])) for r in rows) and len(rows) == 2
+    assert {f'train_{d}' for d in create_distill_loss(name).diagnostics} <= set(rows[0])
+    options = json.loads((tmp_path / 'x' / 'results.json').read_text())['distill_options']
+    if standardize:
+        assert options['standardize'] is True and options.get('temperature', 2.0) == 2.0
+        weight = yaml.safe_load((tmp_path / 'x' / 'args.yaml').read_text())['distill_loss_weight']
+        assert weight == pytest.approx(9 * CRITERIA[name].distill_weight)
+
+
+def test_what_a_criterion_learns_is_stepped_and_not_decayed(folder, trained_teacher, tmp_path):
+    teacher = create_teacher(f'local-dir:{trained_teacher}', 3, view_size=(32, 32))
+    task = DistillationTask(network(), teacher, 'ctkd')
+    theta = task.criterion.theta
+    config = settings(lr=0.5, weight_decay=0.5, channels_last=False)
+    accelerator = engine.create_accelerator(config)
+    loaders = make_loader(folder, 'train', 8, training=True), make_loader(folder, 'validation', 8, training=False)
+    task.criterion.decay_epochs = 1e9  # λ near 0: only weight decay could move θ far
+    engine.fit(task, *loaders, accelerator, config, epochs=1, log_file=tmp_path / 'log.csv')
+    assert theta.item() == pytest.approx(1.0, abs=1e-3)
+    task.criterion.decay_epochs = 1
+    engine.fit(task, *loaders, accelerator, config, epochs=1, log_file=tmp_path / 'log.csv')
+    assert abs(theta.item() - 1.0) > 1e-3

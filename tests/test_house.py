@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from timm_rld.loss import CRITERIA
+
 ROOT = Path(__file__).parent.parent
 # What each room may import from. The recipe may import from all.
 FLOORS = {
@@ -24,7 +26,8 @@ FLOORS = {
     'task': {'data', 'pairing', 'loss'},
     'runs': {'config', 'errors'},
     'engine': {'task', 'data', 'pairing', 'runs', 'config', 'errors'},
-    '__main__': {'config', 'errors', 'loss'},
+    'bench': {'loss', 'errors'},
+    '__main__': {'bench', 'config', 'errors', 'loss'},
     '__init__': {'loss', 'pairing', 'task', 'data', 'hub', 'errors'},
 }
 
@@ -125,3 +128,25 @@ def test_a_wrong_verb_exits_with_2_and_a_line(argv, capsys):
 
     assert main(argv) == 2
     assert capsys.readouterr().err.startswith('timm-rld: error: ')
+
+
+@pytest.mark.parametrize('name', list(CRITERIA))
+def test_the_readme_lists_each_criterion_as_its_row_has_it(name):
+    row = CRITERIA[name]
+    (line,) = (x for x in (ROOT / 'README.md').read_text().splitlines() if x.startswith(f'| `{name}` | {row.summary}'))
+    assert f'| {row.task_weight:g}, {row.distill_weight:g}' in line and row.paper in line
+    assert f'ramp {row.warmup_epochs}' in line or not row.warmup_epochs
+    assert all(f'{k}={str(v).replace(" ", "")}' in line for k, v in row.options.items())
+    assert f'`{row.imagenet}`' in (ROOT / 'README.md').read_text()
+
+
+def test_the_loss_benchmark_prints_a_row_for_each_criterion_and_shape(capsys):
+    from timm_rld.__main__ import main
+
+    argv = ['bench', 'loss', '--no-compile', '--repeats', '1', '--shapes', '4x5', '--criteria', 'rld', 'dkd']
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert [f'| {n} |' in out for n in ('cross-entropy', 'kd', 'rld', 'dkd', 'la')] == [True] * 4 + [False]
+    for wrong, message in ((['--shapes', '4'], 'BATCHxCLASSES'), (['--criteria', 'rdl'], "did you mean 'rld'")):
+        assert main([*argv, *wrong]) != 0
+        assert message in capsys.readouterr().err

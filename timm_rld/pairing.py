@@ -417,6 +417,12 @@ class Pair:
     data_config: dict[str, Any]
 
     @property
+    def img_size(self) -> int | None:
+        """Height and width of the view where they are equal, else None."""
+        height, width = self.data_config['input_size'][-2:]
+        return height if height == width else None
+
+    @property
     def teacher_data_config(self) -> dict[str, Any]:
         """The teacher's preprocessing on this dataset."""
         channels, *size = self.data_config['input_size']

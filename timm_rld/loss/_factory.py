@@ -147,7 +147,8 @@ CRITERIA: dict[str, Criterion] = {
         ),
         _row(
             'bild', BiLD, 'differences of the highest logits, led by teacher and by student',
-            'BiLD: Bi-directional Logits Difference Loss for Large Language Model Distillation, Li et al., COLING', 2025,
+            'BiLD: Bi-directional Logits Difference Loss for Large Language Model Distillation, Li et al., COLING',
+            2025,
             options={'top_k': 8, 'temperature': 3.0}, distill_weight=9.0,
             not_standardized='it compares differences of logits',
         ),

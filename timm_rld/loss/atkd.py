@@ -14,7 +14,7 @@ from ._ops import kl_rows, standardize
 
 
 def atkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """T² · KL(softmax(t/T) ‖ softmax(s/T)) on standardised logits s, t, with a temperature T for each sample, batch mean.
+    """T² · KL(softmax(t/T) ‖ softmax(s/T)) on standardised logits s, t, a temperature T for each sample, batch mean.
 
     T = (1 + √3) / 2 · max over classes and both networks of the absolute standardised logits, detached.
 

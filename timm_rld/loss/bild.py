@@ -1,5 +1,5 @@
-"""Bi-directional logits differences: "BiLD: Bi-directional Logits Difference Loss for Large Language Model Distillation",
-Li et al., COLING 2025. Published for language models; the weights here are ours."""
+"""Bi-directional logits differences: "BiLD: Bi-directional Logits Difference Loss for Large Language Model
+Distillation", Li et al., COLING 2025. Published for language models; the weights here are ours."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from .kd import kd_loss
 class CTKD(DistillLoss):
     """KD at a temperature that is learned against the student: τ² · KL, τ = t_start + t_end · sigmoid(θ).
 
-    θ (from 1.0) is a parameter. Its gradient is multiplied by λ(e) = -(1 - cos(π · min(e, decay_epochs) / decay_epochs))
-    / 2, e the epoch (1-based), so that it rises against the student step by step. The optimizer gets θ without weight
-    decay, which would pull τ to its middle.
+    θ (from 1.0) is a parameter. Its gradient is multiplied by
+    λ(e) = -(1 - cos(π · min(e, decay_epochs) / decay_epochs)) / 2, e the epoch (1-based), so that it rises against the
+    student step by step. The optimizer gets θ without weight decay, which would pull τ to its middle.
 
     Args:
         t_start, t_end: bounds of τ: t_start .. t_start + t_end.

@@ -14,12 +14,12 @@ from ._ops import kl_div
 def mlkd_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float] = (4.0, 3.0, 5.0, 2.0, 6.0)) -> Tensor:
     """Σ over τ of m · τ² KL(P_T ‖ P_S) + c · ‖P_TᵀP_T - P_SᵀP_S‖²/C + m · ‖P_TP_Tᵀ - P_SP_Sᵀ‖²/B.
 
-    P is softmax(logits/τ) `[B, C]`, norms are Frobenius's, KL is the batch mean. m is the share of samples whose teacher
-    confidence (τ = 1) is at most its median over the batch, c the share of classes whose summed teacher probability is at
-    most its median.
+    P is softmax(logits/τ) `[B, C]`, norms are Frobenius's, KL is the batch mean. m is the share of samples whose
+    teacher confidence (τ = 1) is at most its median over the batch, c the share of classes whose summed teacher
+    probability is at most its median.
 
-    In the paper m and c select samples and classes; in the published program, which this matches, the mask multiplies an
-    already averaged loss, so that it acts only as a fraction. The paper's second, strongly augmented view is left out.
+    In the paper m and c select samples and classes; in the published program, which this matches, the mask multiplies
+    an already averaged loss, so that it acts only as a fraction. The paper's second, strongly augmented view is left out.
 
     Args:
         student: logits `[B, C]`, float32 or higher.

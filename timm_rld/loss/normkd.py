@@ -19,8 +19,8 @@ def _deviation(logits: Tensor) -> Tensor:
 def normkd_loss(student: Tensor, teacher: Tensor, t_norm: float = 2.0) -> Tensor:
     """Each row of each network at its own temperature t_norm · σ, KL weighted by (t_norm · σ_T)², mean over the batch.
 
-    σ is the row's unbiased standard deviation, without a shift of the mean and without an epsilon; gradient flows through
-    σ of the student.
+    σ is the row's unbiased standard deviation, without a shift of the mean and without an epsilon; gradient flows
+    through σ of the student.
 
     Args:
         student: logits `[B, C]`, float32 or higher.

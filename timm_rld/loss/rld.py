@@ -71,7 +71,7 @@ def _mcd(student: Tensor, teacher: Tensor, misleading: Tensor, masked_count: Ten
     teacher = torch.add(teacher, misleading, alpha=highest)
     teacher.sub_(teacher.amax(dim=1, keepdim=True))
     p = F.softmax(teacher, dim=1)
-    # Σ p log p, with log p = teacher + log(max p): a log_softmax less, and no exp of numbers far below zero, which is slow
+    # Σ p log p, with log p = teacher + log(max p): a log_softmax less, and no slow exp of what is far below zero
     negative_entropy = torch.linalg.vecdot(p, teacher) + p.amax(dim=1).log()
     del teacher  # a [B, C] less while the student's are made
     log_q = F.log_softmax(torch.add(student, misleading, alpha=highest), dim=1)

@@ -1,4 +1,4 @@
-"""Transformed teacher matching: "Knowledge Distillation Based on Transformed Teacher Matching", Zheng, Yang, ICLR 2024."""
+"""Transformed teacher matching: "Knowledge Distillation Based on Transformed Teacher Matching", Zheng, Yang, 2024."""
 
 from __future__ import annotations
 
