@@ -90,6 +90,17 @@ def test_multistep_lowers_the_rate_in_the_epoch_named_counted_from_one():
     assert rates == [1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
+def test_multistep_on_updates_lowers_the_rate_with_the_first_update_of_the_epoch_named():
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    config = settings(sched='multistep', decay_milestones=(3, 5), lr=1.0, warmup_epochs=0, sched_on_updates=True)
+    scheduler = engine.create_scheduler(optimizer, config, 6, 4)
+    rates = []
+    for update in range(1, 25):
+        rates.append(round(optimizer.param_groups[0]['lr'], 6))
+        scheduler.step_update(update)
+    assert rates == [1] * 8 + [0.1] * 8 + [0.01] * 8
+
+
 def test_weight_decay_leaves_out_biases_and_norms_unless_told_otherwise():
     def decayed(**kwargs) -> set[float]:
         optimizer = engine.create_optimizer(timm.create_model('test_resnet'), settings(weight_decay=0.1, **kwargs))
@@ -143,6 +154,34 @@ def launch(argv: list[str], processes: int) -> subprocess.CompletedProcess:
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_port', '0',
                '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0', 'train_distill.py', *argv]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+
+
+def test_with_batch_norm_the_exported_student_has_the_accuracy_that_two_processes_report(
+    folder, trained_teacher, tmp_path
+):
+    argv = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_resnet', '--data-dir', str(folder),
+            '--img-size', '32', '--epochs', '1', '--lr', '0.05', '-b', '8', '--workers', '0', '--min-teacher-acc', '0',
+            '--model-ema', '--model-ema-decay', '0.5', '--output', str(tmp_path), '--experiment', 'bn']  # fmt: skip
+    done = launch(argv, 2)
+    assert done.returncode == 0, done.stderr
+    row = next(csv.DictReader((tmp_path / 'bn' / 'summary.csv').open()))
+    loader = make_loader(folder, 'validation', 8, training=False)
+    accelerator = engine.create_accelerator(settings())
+    for name, key in (('student', 'eval_loss'), ('student_ema', 'eval_loss_ema')):
+        model = timm.create_model(f'local-dir:{tmp_path / "bn" / name}', pretrained=True).eval()
+        config = timm.data.resolve_data_config({}, model=model)
+        center = eval_transform((3, 32, 32), interpolation=config['interpolation'], crop_pct=config['crop_pct'])
+        loader = Loader(loader.source, center, 8, training=False)
+        view = DistillationTask(model, None, None).view
+        metrics, _ = engine.evaluate(lambda pixels, m=model, v=view: m(v(pixels)), loader, accelerator)
+        assert metrics['loss'] == pytest.approx(float(row[key]), rel=1e-4)
+
+
+def test_an_error_of_all_processes_is_said_once(folder, tmp_path):
+    argv = ['--teacher', 'test_resnet', '--student', 'test_resnet', '--data-dir', str(folder), '--val-split', 'x']
+    done = launch(argv, 2)
+    assert done.returncode != 0
+    assert done.stderr.count('train_distill.py: error:') == 1 and 'gloo' not in done.stderr
 
 
 def test_two_processes_train_and_evaluate_as_one(folder, trained_teacher, tmp_path):

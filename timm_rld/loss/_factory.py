@@ -117,6 +117,8 @@ def create_distill_loss(name: str, **options: Any) -> DistillLoss:
             raise ValueError(
                 f"criterion '{name}' has no option '{option}'{did_you_mean(option, known)}; it has: {', '.join(known)}"
             )
+    if not isinstance(options.get('standardize', False), bool):
+        raise ValueError(f"criterion '{name}': standardize must be true or false, got {options['standardize']!r}")
     try:
         criterion = row.cls(**{**row.options, **options})
     except (TypeError, ValueError) as e:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._base import DistillLoss, check_temperature
+from ._base import DistillLoss, check_temperature, check_weight
 from ._ops import binary_log_probs, kl_div, mask_classes
 
 
@@ -85,7 +85,7 @@ class RLD(DistillLoss):
         standardize: bool = False,
     ) -> None:
         super().__init__()
-        self.alpha, self.beta = float(alpha), float(beta)
+        self.alpha, self.beta = check_weight('alpha', alpha), check_weight('beta', beta)
         self.temperature = check_temperature('temperature', temperature)
         self.alpha_temperature = (
             self.temperature if alpha_temperature is None else check_temperature('alpha_temperature', alpha_temperature)
