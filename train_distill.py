@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import timm_rld
-from timm_rld.config import Config, parse_args, resolve, to_yaml, uses_sample
+from timm_rld.config import Config, parse_args, resolve, uses_sample
 from timm_rld.errors import UsageError, run_main
 
 
@@ -30,8 +30,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     if config.student is None or (config.teacher is None and config.distill != 'none'):
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
     try:
-        row = get_criterion(config.distill)
-        row = row.standardized() if config.standardize else row
+        row = get_criterion(config.distill, config.standardize)
         options = {**row.options, **config.distill_kwargs}
         criterion = create_distill_loss(config.distill, **options) if row.cls or options else None
     except ValueError as e:
@@ -42,17 +41,17 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         config, accelerator.num_processes, task_loss_weight=row.task_weight, distill_loss_weight=row.distill_weight,
         distill_warmup_epochs=row.warmup_epochs,
     )  # fmt: skip
-    say = accelerator.print  # on the main process alone
+    say = accelerator.print
 
     # ---- data
     if uses_sample(config):
         say(data.SAMPLE_NOTE)
-    with accelerator.main_process_first():  # one process prepares the dataset's cache, the others read it
-        train_split, val_split = data.open_splits(**config.pick(
-            'dataset', 'data_dir', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples', 'num_classes',
-            'class_map', 'input_key', 'target_key', 'in_chans', 'batch_size', 'validation_batch_size', 'seed',
-            'dataset_download',
-        ))  # fmt: skip
+    named = config.pick(
+        'dataset', 'data_dir', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples', 'num_classes',
+        'class_map', 'input_key', 'target_key', 'in_chans', 'batch_size', 'validation_batch_size', 'seed',
+        'dataset_download',
+    )  # fmt: skip
+    train_split, val_split = runs.main_first(accelerator, lambda: data.open_splits(**named))
     num_classes, class_names = train_split.num_classes, train_split.class_names
 
     # ---- pair
@@ -74,10 +73,17 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
                       'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa',
                       'train_interpolation', 'reprob', 'remode', 'recount'),
     )  # fmt: skip
-    config.img_size = pair.img_size
+    config.img_size, config.mixed_precision = pair.img_size, accelerator.mixed_precision
+
+    def judge_teacher() -> tuple[float, Any]:
+        metrics, predictions = engine.evaluate(teacher.to(accelerator.device), val_loader, accelerator)
+        found = f'teacher {config.teacher}: top-1 {metrics["top1"]:.2f} on {config.val_split}'
+        say('\n  '.join([found, *pairing.audit(pair)]))
+        pairing.check_accuracy(config.teacher, metrics['top1'], num_classes, config.min_teacher_acc)
+        return metrics['top1'], predictions
+
+    teacher_top1, reference = judge_teacher() if teacher is not None and not fit_teacher else (None, None)
     run_folder = runs.open_run(config, accelerator)
-    if accelerator.is_main_process:
-        (run_folder / 'args.yaml').write_text(to_yaml(config), encoding='utf-8')
     accelerator.init_trackers('timm_rld', config={'command': command})
 
     def fit(task: DistillationTask, epochs: int, log: str, **kwargs: Any) -> list[dict[str, float]]:
@@ -87,7 +93,6 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         )
 
     # ---- teacher
-    teacher_top1 = reference = None
     if fit_teacher:
         model = teacher.model.requires_grad_(True)
         task = DistillationTask(model, None, None, smoothing=config.smoothing, view=teacher.view)
@@ -97,12 +102,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         teacher.requires_grad_(False).eval()
         if accelerator.is_main_process:
             export_model(model, run_folder / 'teacher', data_config=pair.teacher_data_config, label_names=class_names)
-    if teacher is not None:
-        metrics, reference = engine.evaluate(teacher.to(accelerator.device), val_loader, accelerator)
-        teacher_top1 = metrics['top1']
-        found = f'teacher {config.teacher}: top-1 {teacher_top1:.2f} on {config.val_split}'
-        say('\n  '.join([found, *pairing.audit(pair)]))
-        pairing.check_accuracy(config.teacher, teacher_top1, num_classes, config.min_teacher_acc)
+        teacher_top1, reference = judge_teacher()
 
     # ---- loss, task, fit
     task = DistillationTask(

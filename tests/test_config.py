@@ -136,7 +136,11 @@ def test_accumulation_steps_of_accelerate_launch_are_heard(monkeypatch):
         (['--lr', 'nan'], '--lr: must be a finite number, got nan'),
         (['--lr', 'inf'], '--lr: must be a finite number, got inf'),
         (['--workers', '-1'], '--workers: must be at least 0, got -1'),
-        (['--smoothing', '2'], '--smoothing: must be at most 1, got 2'),
+        (['--smoothing', '1'], '--smoothing: must be at most 0.99, got 1'),
+        (['--seed', '5000000000'], '--seed: must be at most'),
+        (['--cutmix-minmax', '0.5', '0.5'], '--cutmix-minmax 0.5 0.5: the first value must be below the second'),
+        (['--scale', '1', '0.1'], '--scale 1 0.1: the first value must be below the second'),
+        (['--epochs', '2', '--cooldown-epochs', '2'], '--cooldown-epochs 2: leaves nothing of --epochs 2'),
         (['--sched', 'cosin'], "--sched: 'cosin' is not one of cosine, "),
         (['--in-chans', '2'], "--in-chans: '2' is not one of 1, 3"),
         (['--scale', '0.5'], '--scale: expected 2 values, got 1'),
@@ -161,6 +165,7 @@ def test_a_wrong_command_line_is_named_with_the_way_out(argv, message):
         ('epochs: true', 'epochs: expected a whole number, got True'),
         ('teacher: 3', 'teacher: expected a text, got 3'),
         ('no_aug: 1', 'no_aug: expected true or false, got 1'),
+        ('model_kwargs: {1: 2}', 'model_kwargs: expected names as keys, got 1'),
         ('distill_kwargs: [1]', 'distill_kwargs: expected a mapping, got [1]'),
         ('seed: null', 'seed: a value is needed'),
         ('epochs: 1\nepochs: 2', 'key written twice: epochs'),
@@ -181,3 +186,18 @@ def test_keys_of_the_file_are_checked_before_required_flags(tmp_path):
 def test_written_yaml_holds_every_field_in_plain_types():
     data = yaml.safe_load(to_yaml(resolve(parse_args(PAIR))))
     assert list(data) == [f.name for f in dataclasses.fields(Config)]
+
+
+def test_one_epoch_on_the_sample_needs_no_word_about_warmup():
+    for argv in (['--epochs', '1'], ['--teacher-epochs', '1'], ['--distill', 'none', '--epochs', '1']):
+        assert resolve(parse_args([*PAIR, *argv])).warmup_epochs == 0
+    assert resolve(parse_args(PAIR)).warmup_epochs == 1
+
+
+def test_values_of_options_are_read_alike_in_both_places(tmp_path):
+    argv = ['--distill-kwargs', 'a=false', 'b=1e-3', 'c=null', 'd=x', 'e=[1,2]']
+    path = written(tmp_path, 'distill_kwargs: {a: false, b: 1e-3, c: null, d: x, e: [1, 2]}\nmixed_precision: no\n')
+    want = {'a': False, 'b': 1e-3, 'c': None, 'd': 'x', 'e': [1, 2]}
+    assert parse_args(argv).distill_kwargs == want
+    config = parse_args(['--config', path])
+    assert config.distill_kwargs == want and config.mixed_precision == 'no'

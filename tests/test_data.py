@@ -277,11 +277,12 @@ def test_torchvision_datasets_are_read(tmp_path):
     from torchvision.datasets import ImageFolder
 
     assert ImageFolder and pickle  # timm's torch/folder goes through the same reader
-    root = tmp_path / 'f' / 'train' / 'a'
-    root.mkdir(parents=True)
-    Image.new('L', (9, 9)).save(root / 'x.png')
+    for name in ('a', 'b'):
+        root = tmp_path / 'f' / 'train' / name
+        root.mkdir(parents=True)
+        Image.new('L', (9, 9)).save(root / 'x.png')
     source = open_split('torch/folder', 'train', flag='--train-split', data_dir=str(tmp_path / 'f'))
-    assert source.class_names == ['a'] and source.read(0)[0].mode == 'RGB'
+    assert source.class_names == ['a', 'b'] and source.read(0)[0].mode == 'RGB'
 
 
 def test_a_broken_image_is_named_and_never_replaced_by_the_next(folder, tmp_path):
@@ -302,7 +303,7 @@ def opened(dataset=None, **kwargs) -> str:
 def test_errors_of_folders_name_the_flag_and_what_there_is(folder, tmp_path):
     assert '--data-dir /nowhere: no such folder' in opened(data_dir='/nowhere')
     message = opened(data_dir=str(folder), val='test')
-    assert '--val-split test: no such folder' in message and '(there: train, validation)' in message
+    assert "--val-split 'test': no such folder" in message and '(there: train, validation)' in message
     assert 'no folder at all' in opened(data_dir=str(tmp_path))
     (tmp_path / 'train').mkdir()
     assert f'--data-dir {tmp_path}/train: Found 0 images' in opened(data_dir=str(tmp_path))
@@ -338,3 +339,38 @@ def test_classes_that_differ_between_splits_are_named(folder, tmp_path):
 def test_an_augmentation_policy_that_timm_lacks_is_refused(aa):
     with pytest.raises(UserError, match=f'--aa {aa}'):
         train_transform((3, 16, 16), **NORM, aa=aa)
+
+
+def test_class_maps_that_would_lose_or_move_classes_are_refused(folder, parquet, tmp_path):
+    path = tmp_path / 'map.txt'
+    for text, message in (
+        ('apple\npear\n', "no line for the class 'plum'"),
+        ('apple\npear\nplum\napple\n', 'line 4 is written twice'),
+        ('apple\n\npear\nplum\n', 'line 2 is blank'),
+    ):
+        path.write_text(text)
+        assert message in opened(data_dir=str(folder), class_map=str(path))
+    path.write_text('apple\npear\n')
+    keys = dict(val='test', input_key='img', target_key='fine_label', class_map=str(path))
+    assert "no line for the label 'plum'" in opened(f'hfds/{parquet}', **keys)
+    assert 'expected a .txt file' in opened(data_dir=str(folder), class_map='nowhere.txt')
+    path.write_text('plum\npear\napple\nfig\n')
+    train, val = open_splits(None, 'train', 'validation', data_dir=str(folder), class_map=str(path))
+    assert train.class_names == ['plum', 'pear', 'apple', 'fig'] and len(train) == 41 and len(val) == 20
+
+
+def test_class_folders_that_timm_would_merge_are_refused(tmp_path):
+    for split in ('train', 'validation'):
+        for name in ('a', 'b'):
+            root = tmp_path / split / name / 'images'
+            root.mkdir(parents=True)
+            Image.new('RGB', (9, 9)).save(root / 'x.png')
+    assert "would be one class, 'images'" in opened(data_dir=str(tmp_path))
+    shutil.rmtree(tmp_path / 'train' / 'b')
+    assert 'has 1 class; at least 2 are needed' in opened(data_dir=str(tmp_path))
+
+
+def test_a_column_that_holds_no_images_is_named(parquet):
+    assert 'is --input-key text the image column?' in opened(
+        f'hfds/{parquet}', val='test', input_key='text', target_key='fine_label'
+    )

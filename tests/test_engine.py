@@ -93,6 +93,17 @@ def test_multistep_lowers_the_rate_in_the_epoch_named_counted_from_one():
     assert rates == [1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
+def test_multistep_on_updates_lowers_the_rate_with_the_first_update_of_the_epoch_named():
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    config = settings(sched='multistep', decay_milestones=(3, 5), lr=1.0, warmup_epochs=0, sched_on_updates=True)
+    scheduler = engine.create_scheduler(optimizer, config, 6, 4)
+    rates = []
+    for update in range(1, 25):
+        rates.append(round(optimizer.param_groups[0]['lr'], 6))
+        scheduler.step_update(update)
+    assert rates == [1] * 8 + [0.1] * 8 + [0.01] * 8
+
+
 def test_weight_decay_leaves_out_biases_and_norms_unless_told_otherwise():
     def decayed(**kwargs) -> set[float]:
         optimizer = engine.create_optimizer(timm.create_model('test_resnet'), settings(weight_decay=0.1, **kwargs))
@@ -148,6 +159,34 @@ def launch(argv: list[str], processes: int) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
 
 
+def test_with_batch_norm_the_exported_student_has_the_accuracy_that_two_processes_report(
+    folder, trained_teacher, tmp_path
+):
+    argv = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_resnet', '--data-dir', str(folder),
+            '--img-size', '32', '--epochs', '1', '--lr', '0.05', '-b', '8', '--workers', '0', '--min-teacher-acc', '0',
+            '--model-ema', '--model-ema-decay', '0.5', '--output', str(tmp_path), '--experiment', 'bn']  # fmt: skip
+    done = launch(argv, 2)
+    assert done.returncode == 0, done.stderr
+    row = next(csv.DictReader((tmp_path / 'bn' / 'summary.csv').open()))
+    loader = make_loader(folder, 'validation', 8, training=False)
+    accelerator = engine.create_accelerator(settings())
+    for name, key in (('student', 'eval_loss'), ('student_ema', 'eval_loss_ema')):
+        model = timm.create_model(f'local-dir:{tmp_path / "bn" / name}', pretrained=True).eval()
+        config = timm.data.resolve_data_config({}, model=model)
+        center = eval_transform((3, 32, 32), interpolation=config['interpolation'], crop_pct=config['crop_pct'])
+        loader = Loader(loader.source, center, 8, training=False)
+        view = DistillationTask(model, None, None).view
+        metrics, _ = engine.evaluate(lambda pixels, m=model, v=view: m(v(pixels)), loader, accelerator)
+        assert metrics['loss'] == pytest.approx(float(row[key]), rel=1e-4)
+
+
+def test_an_error_of_all_processes_is_said_once(folder, tmp_path):
+    argv = ['--teacher', 'test_resnet', '--student', 'test_resnet', '--data-dir', str(folder), '--val-split', 'x']
+    done = launch(argv, 2)
+    assert done.returncode != 0
+    assert done.stderr.count('train_distill.py: error:') == 1 and 'gloo' not in done.stderr
+
+
 @pytest.mark.parametrize('criterion', ['rld', 'ctkd'])
 def test_two_processes_train_and_evaluate_as_one(criterion, folder, trained_teacher, tmp_path):
     common = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_vit', '--data-dir', str(folder),
@@ -191,7 +230,7 @@ def test_what_a_criterion_learns_is_stepped_and_not_decayed(folder, trained_teac
     teacher = create_teacher(f'local-dir:{trained_teacher}', 3, view_size=(32, 32))
     task = DistillationTask(network(), teacher, 'ctkd')
     theta = task.criterion.theta
-    config = settings(lr=0.5, weight_decay=0.5, channels_last=False)
+    config = settings(lr=0.02, weight_decay=5.0, channels_last=False)
     accelerator = engine.create_accelerator(config)
     loaders = make_loader(folder, 'train', 8, training=True), make_loader(folder, 'validation', 8, training=False)
     task.criterion.decay_epochs = 1e9  # λ near 0: only weight decay could move θ far

@@ -195,11 +195,19 @@ def test_published_defaults_of_a_row_are_arguments_of_its_class(name):
     [
         (lambda: create_distill_loss('rdl'), "unknown criterion 'rdl' (did you mean 'rld'"),
         (lambda: create_distill_loss('rld', betta=1), "criterion 'rld' has no option 'betta' (did you mean 'beta'"),
-        (lambda: create_distill_loss('kd', temperature=0), 'temperature must be a positive number, got 0'),
+        (
+            lambda: create_distill_loss('kd', temperature=0),
+            'temperature must be a positive number (1e-4 to 1e6), got 0',
+        ),
         (
             lambda: create_distill_loss('rld', alpha_temperature='x'),
-            "alpha_temperature must be a positive number, got 'x'",
+            "alpha_temperature must be a positive number (1e-4 to 1e6), got 'x'",
         ),
+        (
+            lambda: create_distill_loss('rld', alpha=float('nan')),
+            'alpha must be a finite number of at least 0, got nan',
+        ),
+        (lambda: create_distill_loss('kd', standardize='false'), "standardize must be true or false, got 'false'"),
         (lambda: create_distill_loss('none'), "'none' distils nothing"),
     ],
 )
@@ -214,7 +222,7 @@ def test_the_factory_says_what_is_wrong(call, message):
     [
         (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), [0, 0], 'expected floating-point student logits [B, C]'),
         (torch.zeros(2, 3), torch.zeros(2, 4), [0, 0], "like the student's float32 [2, 3], got float32 [2, 4]"),
-        (torch.zeros(2, 3), torch.zeros(2, 3), [0], 'expected class indices [2] as target, got int64 [1]'),
+        (torch.zeros(2, 3), torch.zeros(2, 3), [0], 'expected class indices int64 [2] as target, got int64 [1]'),
         (torch.zeros(2, 3), torch.zeros(2, 3), [0, 3], 'expected targets in 0..2, got 0..3'),
         (
             torch.zeros(2, 3),
@@ -222,7 +230,15 @@ def test_the_factory_says_what_is_wrong(call, message):
             [[1.0, 0, 0], [0, 1, 0]],
             'a soft target: this criterion needs an index',
         ),
-        (torch.zeros(2, 3), torch.full((2, 3), torch.nan), [0, 0], "the teacher's logits hold NaN"),
+        (torch.zeros(2, 3), torch.full((2, 3), torch.nan), [0, 0], "the teacher's logits hold NaN or infinity"),
+        (torch.zeros(2, 3), torch.full((2, 3), -torch.inf), [0, 0], "the teacher's logits hold NaN or infinity"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+            [True, False],
+            'expected class indices int64 [2] as target, got bool [2]',
+        ),
+        (torch.zeros(0, 3), torch.zeros(0, 3), [], 'with B >= 1, C >= 2, got float32 [0, 3]'),
         (torch.zeros(2, 3), torch.zeros(2, 3), None, 'got None'),
     ],
 )

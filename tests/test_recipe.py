@@ -175,11 +175,13 @@ WRONG = [
     (['--teacher', 'resnt34'], 1, "--teacher resnt34: unknown model (did you mean 'resnet34'"),
     (['--distill', 'rdl'], 2, "--distill rdl: unknown criterion 'rdl' (did you mean 'rld'"),
     (['--distill-kwargs', 'gamma=1'], 2, "criterion 'rld' has no option 'gamma'"),
-    (['--distill-kwargs', 'temperature=0'], 2, 'temperature must be a positive number, got 0'),
-    (['--distill', 'none', '--standardize'], 2, "'none' distils nothing"),
+    (['--distill-kwargs', 'temperature=0'], 2, 'temperature must be a positive number'),
+    (['--distill', 'none', '--standardize'], 2, "'none' is not combined with standardize: it distils nothing"),
+    (['--distill', 'lr', '--standardize'], 2, "'lr' is not combined with standardize: it compares raw logits"),
+    (['--distill', 'none', '--distill-kwargs', 'alpha=1'], 2, "'none' distils nothing"),
     (['--opt', 'sdg'], 2, "--opt sdg: unknown optimizer (did you mean 'sgd'"),
     (['--data-dir', '/nowhere'], 1, '--data-dir /nowhere: no such folder'),
-    (['--val-split', 'test'], 1, '--val-split test: no such folder in --data-dir'),
+    (['--val-split', 'test'], 1, "--val-split 'test': no such folder in --data-dir"),
     (['--epochs', '0'], 2, '--epochs: must be greater than 0'),
     (
         ['--teacher-epochs', '0', '--teacher', 'resnet34', '--teacher-pretrained'],
@@ -194,6 +196,12 @@ WRONG = [
     (['--report-to', 'tensorbord'], 2, '--report-to tensorbord: unknown tracker'),
     (['--aa', 'augmix-m3'], 1, '--aa augmix-m3'),
     (['--model-kwargs', 'depht=3'], 1, "'depht'"),
+    (['--mixed-precision', 'fp16'], 1, '--mixed-precision fp16: has no effect on a CPU'),
+    (['--model-kwargs', 'num_classes=4'], 1, '--model-kwargs num_classes: the run sets it'),
+    (['--opt', 'adamw', '--opt-betas', '0.9'], 1, '--opt adamw: '),
+    (['--batch-size', '1'], 1, '--batch-size 1: batch norm cannot train on single images'),
+    (['--train-split', ''], 1, "--train-split '': no such folder"),
+    (['--dataset', 'torch/folder', '--val-split', 'bar'], 1, "--val-split 'bar': no such folder"),
     (['--student', 'inception_v3'], 1, '--student inception_v3: cannot take images of 3×32×32'),
 ]
 
@@ -252,3 +260,33 @@ def test_a_broken_image_stops_the_run_by_name_with_workers_too(tiny, tmp_path, f
 def test_a_diverging_run_stops_with_a_hint(tiny, capsys):
     assert main([*tiny, '--lr', '1e12', '--teacher-epochs', '3']) == 1
     assert 'the training loss is' in (err := capsys.readouterr().err) and 'try a lower --lr' in err
+
+
+def test_a_teacher_that_is_refused_leaves_no_run_folder(tiny, tmp_path, trained_teacher, capsys):
+    argv = [*tiny, '--teacher', f'local-dir:{trained_teacher}', '--teacher-pretrained', '--teacher-epochs', '0']
+    assert main([*argv, '--min-teacher-acc', '100']) == 1
+    assert 'is below 100' in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_a_student_that_diverges_in_its_last_step_is_not_exported(tiny, tmp_path, capsys):
+    argv = [*tiny, '--distill', 'none', '--teacher-epochs', '0', '--epochs', '1', '--lr', '1e30', '--batch-size', '41']
+    assert main([*argv[2:], '--teacher-pretrained']) == 1
+    assert 'the validation loss of the student is nan' in capsys.readouterr().err
+    assert not (tmp_path / 'run' / 'student').exists()
+
+
+def test_args_yaml_holds_the_precision_that_the_launcher_chose(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    assert main(tiny) == 0
+    assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['mixed_precision'] == 'bf16'
+
+
+def test_labels_of_another_dataset_are_noticed(tiny, tmp_path, trained_teacher, folder, capsys):
+    import shutil
+
+    for split in ('train', 'validation'):
+        for i, name in enumerate(('apple', 'pear', 'plum')):
+            shutil.copytree(folder / split / name, tmp_path / 'd' / split / f'n{i}')
+    argv = [*tiny, '--teacher', f'local-dir:{trained_teacher}', '--teacher-pretrained', '--teacher-epochs', '0']
+    assert main([*argv, '--data-dir', str(tmp_path / 'd')]) == 0
+    assert "none of the teacher's label names is one of the dataset's" in capsys.readouterr().out

@@ -89,7 +89,9 @@ class Config:
     )
     teacher_mean: Floats | None = setting(None, MODELS, "normalisation of the teacher (default: its own config's)")
     teacher_std: Floats | None = setting(None, MODELS, "normalisation of the teacher (default: its own config's)", gt=0)
-    student_pretrained: bool = setting(False, MODELS, 'start the student from its published weights, with a fresh head')
+    student_pretrained: bool = setting(
+        False, MODELS, 'start the student from its published weights, with a fresh head where the classes differ'
+    )
     model_kwargs: dict = setting({}, MODELS, "further arguments for the student's constructor, as name=value")
     drop: float | None = setting(None, MODELS, 'dropout of the student', ge=0, le=1)
     drop_path: float | None = setting(None, MODELS, 'stochastic depth of the student', ge=0, le=1)
@@ -111,7 +113,9 @@ class Config:
     distill_warmup_epochs: int | None = setting(
         None, DISTILL, "ramp the distillation term by min(epoch / N, 1) (default: the criterion's)", ge=0
     )
-    smoothing: float | None = setting(None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0, le=1)
+    smoothing: float | None = setting(
+        None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0, le=0.99
+    )
 
     # data
     dataset: str | None = setting(
@@ -146,7 +150,7 @@ class Config:
     workers: int | None = setting(
         None, DATA, 'loader processes per training process (default: 4, or the cores if fewer)', ge=0, alias='j'
     )
-    seed: int = setting(42, DATA, 'of weights, order and augmentation', ge=0)
+    seed: int = setting(42, DATA, 'of weights, order and augmentation', ge=0, le=2**32 - 1024)
 
     # augmentation
     no_aug: bool = setting(False, AUG, 'no augmentation', flag=True)
@@ -213,7 +217,7 @@ class Config:
     decay_milestones: tuple[int, ...] = setting(
         (90, 180, 270), SCHED, 'epochs (the first is 1) in which multistep lowers the rate', gt=0
     )
-    decay_rate: float = setting(0.1, SCHED, 'factor of step and multistep, power of poly', gt=0)
+    decay_rate: float = setting(0.1, SCHED, 'factor of step and multistep, power of poly', gt=0, le=10)
     cooldown_epochs: int = setting(0, SCHED, 'epochs at the lowest rate after the schedule', ge=0)
 
     # devices and speed
@@ -273,8 +277,12 @@ def _convert(value: Any, want: Any) -> Any:
     if want is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as a text
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
+    elif want is dict and isinstance(value, dict):
+        if odd := [k for k in value if not isinstance(k, str)]:
+            raise ValueError(f'expected names as keys, got {odd[0]!r}')
+        return {k: _literal(v) if isinstance(v, str) else v for k, v in value.items()}
     elif want is int and isinstance(value, str):
         try:
             return int(value)
@@ -289,6 +297,17 @@ def _convert(value: Any, want: Any) -> Any:
     raise ValueError(f'expected {_TYPE_NAMES[want]}, got {value!r}')
 
 
+def _literal(text: str) -> Any:
+    """A text as the Python or YAML scalar that it spells, else the text itself."""
+    words = {'true': True, 'false': False, 'null': None, 'none': None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def _check_value(name: str, value: Any) -> Any:
     """``value`` converted to the field's type and within its bounds; ValueError says what is wrong."""
     want, optional = _base_type(name)
@@ -296,8 +315,10 @@ def _check_value(name: str, value: Any) -> Any:
         if optional:
             return None
         raise ValueError('a value is needed')
-    value = _convert(value, want)
     meta = FIELDS[name].metadata
+    if value is False and 'no' in meta['choices']:
+        value = 'no'  # as YAML reads it without quotes
+    value = _convert(value, want)
     if meta['choices'] and str(value) not in meta['choices']:
         hint = did_you_mean(str(value), meta['choices'], 1)
         raise ValueError(f"'{value}' is not one of {', '.join(meta['choices'])}{hint}")
@@ -412,10 +433,7 @@ class _KeyValues(argparse.Action):
             key, sep, value = item.partition('=')
             if not sep or not key:
                 parser.error(f"{option_string}: expected name=value, got '{item}'")
-            try:
-                out[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                out[key] = value
+            out[key] = _literal(value)
         setattr(namespace, self.dest, out)
 
 
@@ -500,7 +518,6 @@ SAMPLE_DEFAULTS: dict[str, Any] = dict(
     batch_size=64,
     lr=0.05,
     clip_grad=5.0,
-    warmup_epochs=1,
     sched_on_updates=True,
     distill_warmup_epochs=3,
     train_split='train',
@@ -537,6 +554,7 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         own_weights = c.teacher_checkpoint is not None or ':' in (c.teacher or '')
         default(teacher_pretrained=own_weights, teacher_epochs=0 if own_weights else None)
         default(**SAMPLE_DEFAULTS)
+        default(warmup_epochs=1 if min(c.epochs, c.teacher_epochs or c.epochs) > 1 else 0)
     accum_env = os.environ.get('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '1')
     default(
         **published,
@@ -563,13 +581,23 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         )
         c.lr = c.lr_base * (ratio**0.5 if by_root else ratio)
 
-    if c.cutmix_minmax is not None and c.cutmix_minmax[0] > c.cutmix_minmax[1]:
-        raise UsageError('--cutmix-minmax: the first value must not be above the second')
+    for name in ('cutmix_minmax', 'scale', 'ratio'):
+        low_high = getattr(c, name)
+        if (
+            low_high is not None
+            and not low_high[0] < low_high[1]
+            and (name == 'cutmix_minmax' or low_high[0] > low_high[1])
+        ):
+            raise UsageError(
+                f'{flag_of(name)} {low_high[0]:g} {low_high[1]:g}: the first value must be below the second'
+            )
     for name in ('mean', 'std', 'teacher_mean', 'teacher_std'):
         value = getattr(c, name)
         if value is not None and len(value) not in (1, c.in_chans):
             raise UsageError(f'{flag_of(name)}: expected 1 or {c.in_chans} values (--in-chans), got {len(value)}')
     for epochs, flag in ((c.epochs, '--epochs'), (c.teacher_epochs, '--teacher-epochs')):
+        if c.cooldown_epochs and epochs and c.cooldown_epochs >= epochs:
+            raise UsageError(f'--cooldown-epochs {c.cooldown_epochs}: leaves nothing of {flag} {epochs}; give fewer')
         if c.warmup_epochs and epochs and c.warmup_epochs >= epochs:
             raise UsageError(
                 f'--warmup-epochs {c.warmup_epochs}: leaves nothing of {flag} {epochs}; give a smaller one'

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationEvaluator
-from timm.utils import dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 
 from .config import Config, warmup_epochs
@@ -50,6 +50,8 @@ def create_accelerator(config: Config) -> Accelerator:
         if 'precision' not in str(e):
             raise
         raise UserError(f'--mixed-precision {config.mixed_precision}: {str(e).splitlines()[0]}') from e
+    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise UserError('--mixed-precision fp16: has no effect on a CPU; take bf16, or no')
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     if world_size != accelerator.num_processes:
         raise UserError(
@@ -90,6 +92,7 @@ def evaluate(
     loader: Loader,
     accelerator: Accelerator,
     reference: Tensor | None = None,
+    title: str = 'teacher',
 ) -> tuple[dict[str, float], Tensor]:
     """Loss and accuracy over a validation split, each image counted once, whatever the number of processes.
 
@@ -98,10 +101,14 @@ def evaluate(
             have different numbers of batches.
         loader: of the split.
         reference: predictions of another network from an earlier call with this loader.
+        title: for messages.
 
     Returns:
         `loss` (cross-entropy), `top1`, `top5` (percent), with a reference also `agreement` (percentage of images where
         both predict the same class); and this process's predicted classes `[n]`.
+
+    Raises:
+        UserError: where the loss is not finite.
     """
     device = accelerator.device
     evaluator = ClassificationEvaluator(device)
@@ -114,6 +121,11 @@ def evaluate(
         evaluator.update(logits, target)
         predictions.append(logits.argmax(dim=1))
     metrics = dict(evaluator.compute(distributed=accelerator.num_processes > 1))
+    if not math.isfinite(metrics['loss']):
+        raise UserError(
+            f'the validation loss of the {title} is {metrics["loss"]}: its weights or normalisation are not finite, '
+            'or it has diverged (try a lower --lr)'
+        )
     predicted = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64, device=device)
     if reference is not None:
         same = torch.stack([(predicted == reference).sum(), torch.tensor(len(predicted), device=device)])
@@ -186,7 +198,7 @@ def fit(
     updates = 0
 
     def assess(model: nn.Module) -> dict[str, float]:
-        return evaluate(lambda pixels: model(task.view(pixels)), val_loader, accelerator, reference)[0]
+        return evaluate(lambda pixels: model(task.view(pixels)), val_loader, accelerator, reference, title)[0]
 
     for epoch in range(1, epochs + 1):
         task.train()
@@ -226,6 +238,9 @@ def fit(
         if not math.isfinite(train['loss']):
             raise UserError(f'the training loss is {train["loss"]} in epoch {epoch} of the {title}; try a lower --lr')
         task.eval()
+        if world > 1:  # each process has batch statistics of its own: all go on with their mean
+            for network in filter(None, (module, task.get_trainable_module(ema=True))):
+                distribute_bn(network, world, reduce=True)
         metrics = assess(task.get_eval_model())
         row = {
             'epoch': epoch,
@@ -270,7 +285,7 @@ def create_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer
             module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
             filter_bias_and_bn=not config.weight_decay_all, **kwargs,
         )  # fmt: skip
-    except (TypeError, ValueError, AssertionError, ImportError) as e:
+    except (TypeError, ValueError, AssertionError, ImportError, LookupError) as e:
         raise UserError(f'--opt {config.opt}: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
 
@@ -288,13 +303,16 @@ def create_scheduler(
     optimizer: torch.optim.Optimizer, config: Config, epochs: int, updates_per_epoch: int
 ) -> Scheduler | _NoScheduler:
     """timm's scheduler of that name. It stays out of `accelerator.prepare`, which would step it once a process."""
+    milestones = list(config.decay_milestones)
+    if config.sched_on_updates:  # where timm would lower the rate an epoch later than by epochs
+        milestones = [m - 1 + 1 / updates_per_epoch for m in milestones]
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=config.sched,
             num_epochs=epochs - config.cooldown_epochs,
             decay_epochs=config.decay_epochs,
-            decay_milestones=list(config.decay_milestones),
+            decay_milestones=milestones,
             cooldown_epochs=config.cooldown_epochs,
             decay_rate=config.decay_rate,
             min_lr=config.min_lr,
@@ -303,7 +321,7 @@ def create_scheduler(
             step_on_epochs=not config.sched_on_updates,
             updates_per_epoch=updates_per_epoch,
         )
-    except (ValueError, AssertionError) as e:
+    except (ValueError, AssertionError, OverflowError, LookupError) as e:
         raise UserError(f'--sched {config.sched}: {str(e).splitlines()[0]}') from e
     if scheduler is None:
         return _NoScheduler()

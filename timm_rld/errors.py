@@ -57,7 +57,12 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
             if rank:
                 return code
         else:
-            message = f'{type(e).__name__}: {e} (--debug shows where)'
+            text = str(e).strip()
+            if rank and any(backend in text for backend in ('gloo', 'NCCL')):
+                return code  # another process ended, and has said why
+            if 'Traceback' in text:  # a worker's, around its message
+                text = text.splitlines()[-1]
+            message = f'{type(e).__name__}: {text} (--debug shows where)'
     prefix = f'[process {rank}] ' if rank else ''
     print(f'{prefix}{name}: error: {message}', file=sys.stderr)
     return code

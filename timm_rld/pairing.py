@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
@@ -80,6 +81,7 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
+        self.other_names = False  # its labels have none of the dataset's names
         self.model = model
         self.view = view if view is not None else input_view(model)
         index = None if class_map is None else torch.tensor(list(class_map), dtype=torch.int64)
@@ -384,7 +386,7 @@ def read_class_map(path: str, num_classes: int, class_names: Sequence[str] | Non
         raise UserError(f'{flag}: not valid JSON ({e})') from e
     names = list(class_names) if class_names else [str(i) for i in range(num_classes)]
     if isinstance(data, dict):
-        unknown = [k for k in data if k not in names and not (k.isdigit() and int(k) < num_classes)]
+        unknown = [k for k in data if k not in names and not (k.isdecimal() and int(k) < num_classes)]
         if unknown:
             raise UserError(f"{flag}: '{unknown[0]}' is no class of the dataset{did_you_mean(unknown[0], names)}")
         data = [data.get(name, data.get(str(i))) for i, name in enumerate(names)]
@@ -563,6 +565,8 @@ def create_teacher(
         _load_into(model, state, f'--teacher-checkpoint {checkpoint} for --teacher {name}')
     view = input_view(model, mean=mean, std=std, img_size=img_size, view_size=view_size)
     teacher = Teacher(model, view, index, name)
+    if index is None and not to_fit and state is None and class_names and card.label_names:
+        teacher.other_names = not set(class_names) & set(card.label_names)
     size = view.size or view_size
     _try_forward(model, (in_chans, *size), outputs, f'--teacher {name}')
     return teacher
@@ -606,6 +610,9 @@ def create_pair(
         >>> pair = create_pair('resnet34', 'resnet18', num_classes=10, teacher_checkpoint='teacher.safetensors')
         >>> task = DistillationTask(pair.student, pair.teacher, create_distill_loss('rld'))
     """
+    taken = [k for k in student_kwargs or {} if k in inspect.signature(create_student).parameters]
+    if taken:
+        raise UserError(f'--model-kwargs {taken[0]}: the run sets it; see the flags of that name')
     if seed is not None:
         torch.manual_seed(seed)
     pair = create_student(
@@ -656,6 +663,8 @@ def audit(pair: Pair) -> list[str]:
         lines.append(
             f'size: the teacher sees the {h}×{w} view resized to {teacher.view.size[0]}×{teacher.view.size[1]}'
         )
+    if teacher.other_names:
+        lines.append("classes: none of the teacher's label names is one of the dataset's; they are taken in order")
     if teacher.class_map is not None:
         lines.append(f"classes: {len(teacher.class_map)} of the teacher's {teacher.model.num_classes} outputs are used")
     return lines

@@ -9,9 +9,10 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -19,12 +20,30 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import Config
+from .config import Config, to_yaml
 from .errors import UserError
+
+T = TypeVar('T')
+
+
+def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call a function on the main process, then on the others; what goes wrong on the first is raised on all."""
+    result, problem = None, [None]
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except UserError as e:
+            problem = [(type(e), str(e))]
+    broadcast_object_list(problem)
+    if problem[0]:
+        kind, message = problem[0]
+        raise kind(message)
+    return result if accelerator.is_main_process else function()
 
 
 def open_run(config: Config, accelerator: Accelerator) -> Path:
-    """Make the run folder: `OUTPUT/EXPERIMENT`, by default `output/<time>-<student>-<distill>`, the same on all ranks.
+    """Make the run folder: `OUTPUT/EXPERIMENT`, by default `output/<time>-<student>-<distill>`, the same on all ranks,
+    and write args.yaml into it.
 
     Raises:
         UserError: where it holds files already, or cannot be written.
@@ -43,8 +62,7 @@ def open_run(config: Config, accelerator: Accelerator) -> Path:
             if any(run.iterdir()):
                 problem = [f'--output/--experiment: {run} is not empty; name another --experiment']
             else:
-                (run / '.writable').touch()
-                (run / '.writable').unlink()
+                (run / 'args.yaml').write_text(to_yaml(config), encoding='utf-8')
         except OSError as e:
             problem = [f'--output: {run} cannot be written ({e.strerror})']
     broadcast_object_list(problem)

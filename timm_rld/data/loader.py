@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..errors import UserError
 from .replay import STREAM, ReplayDataset, ReplaySampler, ReplayStream, Step, derive_seed
 from .sources import Source
 from .transforms import Transform, eval_transform, train_transform
@@ -127,6 +128,11 @@ def create_loaders(
         train_interpolation, augmentation: for :func:`train_transform`.
         Others: as in :class:`Loader`.
     """
+    if min_batch and (batch_size < min_batch or (not train.streamed and len(train) < min_batch * world)):
+        raise UserError(
+            f'--batch-size {batch_size}: batch norm cannot train on single images; give at least {min_batch} a process '
+            f'(the split has {len(train)} images for {world} process(es))'
+        )
     c = data_config
     place = dict(seed=seed, rank=rank, world=world, workers=workers, pin_memory=pin_memory)
     augment = train_transform(

@@ -127,9 +127,11 @@ def open_split(
     if kind in STREAMED:
         kwargs.update(is_training=is_training, batch_size=batch_size, seed=seed, num_samples=num_samples)
     name, root = dataset or '', data_dir
-    if not kind:
+    if not kind or (kind == 'torch' and rest.lower() in ('folder', 'image_folder')):
         root = _find_split(data_dir, split, flag)
         kwargs['search_split'] = False
+    if class_map is not None:
+        _check_class_map(class_map, root)
     if kind in ('hfds', 'hfids'):
         _quiet_datasets()
         path = os.path.expanduser(rest)
@@ -148,6 +150,13 @@ def open_split(
     _read_classes(source, dataset or data_dir, flag, target_key or 'label', num_classes)
     if not source.streamed and not len(source):
         raise UserError(f'{flag} {split}: holds no images')
+    if source.num_classes < 2:
+        raise UserError(f'{flag} {split}: {dataset or data_dir} has {source.num_classes} class; at least 2 are needed')
+    if kind == 'hfds':
+        try:
+            source.read(0)
+        except SampleError as e:
+            raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
     return source
 
 
@@ -214,11 +223,38 @@ def _find_split(root: str, split: str, flag: str) -> str:
     names = next((s for s in _SPLIT_SYNONYMS if split in s), ())
     for name in (split, *names):
         for candidate in (os.path.join(root, name), os.path.join(root, name + '.tar')):
-            if os.path.exists(candidate):
+            if os.path.exists(candidate) and not os.path.samefile(candidate, root):
                 return candidate
     there = sorted(p.name.removesuffix('.tar') for p in Path(root).iterdir() if p.is_dir() or p.suffix == '.tar')
     listed = ', '.join(there[:8]) + (', …' if len(there) > 8 else '') if there else 'no folder at all'
-    raise UserError(f'{flag} {split}: no such folder in --data-dir {root} (there: {listed})')
+    raise UserError(f'{flag} {split!r}: no such folder in --data-dir {root} (there: {listed})')
+
+
+def _check_class_map(path: str, root: str | None) -> None:
+    """timm reads a name a line; a blank or repeated line would move the indices of the others."""
+    file = path if os.path.exists(path) else os.path.join(root or '', path)
+    if not os.path.isfile(file) or not path.endswith('.txt'):
+        raise UserError(f'--class-map {path}: expected a .txt file with a class name a line')
+    names = [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines()]
+    for i, name in enumerate(names):
+        if not name or name in names[:i]:
+            raise UserError(f'--class-map {path}: line {i + 1} is {"written twice" if name else "blank"}')
+
+
+def _check_folders(reader: Any, name: str) -> None:
+    """timm names a class by its leaf folder, merges those of one name, and leaves out those not in a class map."""
+    folders: dict[str, str] = {}
+    for folder in sorted({os.path.dirname(path) for path, _ in reader.samples}):
+        leaf = os.path.basename(folder)
+        if leaf in folders:
+            raise UserError(
+                f'--data-dir {name}: {folders[leaf]} and {folder} would be one class, {leaf!r}; '
+                'put the images of a class right into one folder of its name'
+            )
+        folders[leaf] = folder
+    there = {p.name for p in Path(reader.root).iterdir() if p.is_dir() and any(f.is_file() for f in p.iterdir())}
+    if left_out := sorted(there - set(reader.class_to_idx)):
+        raise UserError(f'--class-map: no line for the class {", ".join(map(repr, left_out[:5]))} of {reader.root}')
 
 
 def _explain(e: Exception, kind: str, name: str, root: str | None, split: str, flag: str, download: bool) -> UserError:
@@ -228,6 +264,10 @@ def _explain(e: Exception, kind: str, name: str, root: str | None, split: str, f
         import datasets
 
         dataset = f'--dataset {kind}/{name}'
+        if isinstance(e, OSError) and e.filename and not os.path.exists(e.filename):
+            return UserError(f'{dataset}: {e.strerror}: {e.filename}; is the cache (HF_HOME) a folder to write to?')
+        if 'num_samples' in text:
+            return UserError(f'{dataset}: its length is not known; give --train-num-samples and --val-num-samples')
         try:
             splits = datasets.get_dataset_split_names(name)
         except Exception:
@@ -239,7 +279,7 @@ def _explain(e: Exception, kind: str, name: str, root: str | None, split: str, f
             return UserError(f'{flag} {split}: no such split in {dataset} (there: {", ".join(splits)})')
         return UserError(f'{dataset}: {text}')
     if kind == 'torch':
-        hint = '' if download else '; --dataset-download fetches it'
+        hint = '' if download or isinstance(e, AssertionError) else '; --dataset-download fetches it'
         return UserError(f'--dataset {kind}/{name} in --data-dir {root}: {text}{hint}')
     return UserError(f'--dataset {kind}/{name}: {text}' if kind else f'--data-dir {root}: {text}')
 
@@ -250,7 +290,9 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
     labels = None
     columns = getattr(reader, 'dataset', None)
-    if hasattr(columns, 'unique') and not getattr(reader, 'remap_class', False):
+    if hasattr(reader, 'samples') and hasattr(reader, 'class_to_idx'):
+        _check_folders(reader, name)
+    if hasattr(columns, 'unique'):
         # timm's reader casts the image column, which adds one of None where there is no such column
         no_image = len(columns) > 0 and columns[0][reader.image_key] is None
         shown = ', '.join(c for c in columns.column_names if not (no_image and c == reader.image_key))
@@ -258,8 +300,16 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
             raise UserError(f'--input-key {reader.image_key}: no such image column in {name} (columns: {shown})')
         if target_key not in columns.column_names:
             raise UserError(f'--target-key {target_key}: no such label column in {name} (columns: {shown})')
-        labels = columns.unique(target_key)
-        if not all(isinstance(x, (int, np.integer)) for x in labels):
+        try:
+            labels = columns.unique(target_key)
+        except Exception as e:
+            raise UserError(f'--target-key {target_key}: expected one class index a row ({e})') from e
+        if getattr(reader, 'remap_class', False):
+            names = [reader._source_names.get(x, x) for x in labels]
+            if lost := [n for x, n in zip(labels, names) if x not in mapping and n not in mapping]:
+                raise UserError(f'--class-map: no line for the label {", ".join(map(repr, lost[:5]))} of {name}')
+            labels = None
+        elif not all(isinstance(x, (int, np.integer)) for x in labels):
             odd = next(x for x in labels if not isinstance(x, (int, np.integer)))
             raise UserError(
                 f'--target-key {target_key}: expected class indices, found {odd!r}; '

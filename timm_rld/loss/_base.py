@@ -58,9 +58,9 @@ class DistillLoss(nn.Module):
 
     def _check(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
         name = type(self).__name__
-        if student.ndim != 2 or not student.is_floating_point() or student.shape[1] < 2:
+        if student.ndim != 2 or not student.is_floating_point() or student.shape[1] < 2 or not student.shape[0]:
             raise ValueError(
-                f'{name}: expected floating-point student logits [B, C] with C >= 2, got {_describe(student)}'
+                f'{name}: expected floating-point student logits [B, C] with B >= 1, C >= 2, got {_describe(student)}'
             )
         if teacher.shape != student.shape or not teacher.is_floating_point():
             raise ValueError(
@@ -69,16 +69,16 @@ class DistillLoss(nn.Module):
         if self.needs_target:
             if target is None:
                 raise ValueError(f'{name}: needs the class indices [B] as target, got None')
-            if target.ndim != 1 or target.shape[0] != student.shape[0] or target.is_floating_point():
+            if target.ndim != 1 or target.shape[0] != student.shape[0] or target.dtype != torch.int64:
                 raise ValueError(
-                    f'{name}: expected class indices [{student.shape[0]}] as target, got {_describe(target)}'
+                    f'{name}: expected class indices int64 [{student.shape[0]}] as target, got {_describe(target)}'
                     + (' (a soft target: this criterion needs an index)' if target.is_floating_point() else '')
                 )
         if torch.compiler.is_compiling() or (student.device.type != 'cpu' and student.device in self._checked_on):
             return
         self._checked_on.add(student.device)
-        if torch.isnan(teacher).any():
-            raise ValueError(f"{name}: the teacher's logits hold NaN")
+        if not torch.isfinite(teacher).all():
+            raise ValueError(f"{name}: the teacher's logits hold NaN or infinity")
         if self.needs_target and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < student.shape[1]:
             raise ValueError(
                 f'{name}: expected targets in 0..{student.shape[1] - 1}, got {int(target.min())}..{int(target.max())}'
@@ -86,9 +86,16 @@ class DistillLoss(nn.Module):
 
 
 def check_temperature(name: str, value: float) -> float:
-    """Return ``value`` as a float, or raise ValueError where it is not a positive number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-        raise ValueError(f'{name} must be a positive number, got {value!r}')
+    """Return ``value`` as a float, or raise ValueError where it is no number from 1e-4 to 1e6."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-4 <= value <= 1e6:
+        raise ValueError(f'{name} must be a positive number (1e-4 to 1e6), got {value!r}')
+    return float(value)
+
+
+def check_weight(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise ValueError where it is no finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f'{name} must be a finite number of at least 0, got {value!r}')
     return float(value)
 
 

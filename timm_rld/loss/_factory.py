@@ -156,15 +156,16 @@ CRITERIA: dict[str, Criterion] = {
 }  # fmt: skip
 
 
-def get_criterion(name: str) -> Criterion:
-    """Return the table's row for ``name``.
+def get_criterion(name: str, standardize: bool = False) -> Criterion:
+    """Return the table's row for ``name``, on request for standardised logits (:meth:`Criterion.standardized`).
 
     Raises:
-        ValueError: for a name that is not in the table; the message offers the nearest ones.
+        ValueError: for a name that is not in the table; the message offers the nearest ones. Also where
+            standardisation makes no sense.
     """
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion '{name}'{did_you_mean(name, CRITERIA)}; known: {', '.join(CRITERIA)}")
-    return CRITERIA[name]
+    return CRITERIA[name].standardized() if standardize else CRITERIA[name]
 
 
 def describe_criteria() -> str:
@@ -213,6 +214,8 @@ def create_distill_loss(name: str, **options: Any) -> DistillLoss:
             raise ValueError(
                 f"criterion '{name}' has no option '{option}'{did_you_mean(option, known)}; it has: {', '.join(known)}"
             )
+    if not isinstance(options.get('standardize', False), bool):
+        raise ValueError(f"criterion '{name}': standardize must be true or false, got {options['standardize']!r}")
     try:
         criterion = row.cls(**{**row.options, **options})
     except (TypeError, ValueError) as e:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._base import DistillLoss, check_temperature
+from ._base import DistillLoss, check_temperature, check_weight
 from ._ops import binary_log_probs, kl_div, without_class
 
 
@@ -46,7 +46,7 @@ class DKD(DistillLoss):
         self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, standardize: bool = False
     ) -> None:
         super().__init__()
-        self.alpha, self.beta = float(alpha), float(beta)
+        self.alpha, self.beta = check_weight('alpha', alpha), check_weight('beta', beta)
         self.temperature = check_temperature('temperature', temperature)
         self.standardize = standardize
 

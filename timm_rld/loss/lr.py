@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._base import DistillLoss
+from ._base import DistillLoss, check_weight
 from ._ops import one_hot
 
 
@@ -51,7 +51,8 @@ class LR(DistillLoss):
 
     def __init__(self, lambda1: float = 4.0, lambda2: float = 1.0, eta: float = 0.8) -> None:
         super().__init__()
-        self.lambda1, self.lambda2, self.eta = float(lambda1), float(lambda2), float(eta)
+        self.lambda1, self.lambda2 = check_weight('lambda1', lambda1), check_weight('lambda2', lambda2)
+        self.eta = check_weight('eta', eta)
 
     def loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return lr_loss(student, teacher, target, self.lambda1, self.lambda2, self.eta)

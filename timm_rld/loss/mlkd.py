@@ -19,7 +19,8 @@ def mlkd_loss(student: Tensor, teacher: Tensor, temperatures: Sequence[float] = 
     probability is at most its median.
 
     In the paper m and c select samples and classes; in the published program, which this matches, the mask multiplies
-    an already averaged loss, so that it acts only as a fraction. The paper's second, strongly augmented view is left out.
+    an already averaged loss, so that it acts only as a fraction. The paper's second, strongly augmented view is
+    left out.
 
     Args:
         student: logits `[B, C]`, float32 or higher.

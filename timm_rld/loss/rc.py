@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._base import DistillLoss, check_temperature
+from ._base import DistillLoss, check_temperature, check_weight
 from .kd import kd_loss
 
 
@@ -39,7 +39,7 @@ class RC(DistillLoss):
     ) -> None:
         super().__init__()
         self.temperature = check_temperature('temperature', temperature)
-        self.kd_weight, self.rc_weight = float(kd_weight), float(rc_weight)
+        self.kd_weight, self.rc_weight = check_weight('kd_weight', kd_weight), check_weight('rc_weight', rc_weight)
         self.standardize = standardize
 
     def loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:

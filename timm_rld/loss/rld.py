@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._base import DistillLoss, check_temperature
+from ._base import DistillLoss, check_temperature, check_weight
 from ._ops import binary_log_probs
 
 
@@ -106,7 +106,7 @@ class RLD(DistillLoss):
         standardize: bool = False,
     ) -> None:
         super().__init__()
-        self.alpha, self.beta = float(alpha), float(beta)
+        self.alpha, self.beta = check_weight('alpha', alpha), check_weight('beta', beta)
         self.temperature = check_temperature('temperature', temperature)
         self.alpha_temperature = (
             self.temperature if alpha_temperature is None else check_temperature('alpha_temperature', alpha_temperature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._base import DistillLoss, check_temperature
+from ._base import DistillLoss, check_temperature, check_weight
 from ._ops import kl_rows
 
 
@@ -35,7 +35,7 @@ class WTTM(DistillLoss):
     def __init__(self, gamma: float = 0.1, beta: float = 3.0) -> None:
         super().__init__()
         self.gamma = check_temperature('gamma', gamma)
-        self.beta = float(beta)
+        self.beta = check_weight('beta', beta)
 
     def loss(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         return self.beta * wttm_loss(student, teacher, self.gamma)
