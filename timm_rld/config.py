@@ -525,6 +525,11 @@ SAMPLE_DEFAULTS: dict[str, Any] = dict(
 )
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def uses_sample(config: Config) -> bool:
     """Whether no dataset is named, so that the run uses the sample that ships with the package."""
     return config.dataset is None and config.data_dir is None
@@ -569,7 +574,7 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         color_jitter=0.4,
         batch_size=128,
         epochs=300,
-        workers=min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1),
+        workers=min(4, cores()),
         # `accelerate launch --gradient_accumulation_steps N` speaks through the environment
         grad_accum_steps=int(accum_env) if accum_env.isdigit() and int(accum_env) > 0 else 1,
     )

@@ -20,7 +20,7 @@ from timm.task import ClassificationEvaluator
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 
-from .config import Config, warmup_epochs
+from .config import Config, cores, warmup_epochs
 from .data import Loader, Mixing
 from .errors import UsageError, UserError, did_you_mean
 from .runs import Means, Progress, append_row
@@ -61,12 +61,8 @@ def create_accelerator(config: Config) -> Accelerator:
         )
     if config.cpu_threads or accelerator.device.type == 'cpu':
         local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        torch.set_num_threads(config.cpu_threads or max(1, _cores() // local))
+        torch.set_num_threads(config.cpu_threads or max(1, cores() // local))
     return accelerator
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def _check_trackers(names: Iterable[str]) -> None:

@@ -28,17 +28,23 @@ T = TypeVar('T')
 
 def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """Call a function on the main process, then on the others; what goes wrong on the first is raised on all."""
-    result, problem = None, [None]
+    result = problem = None
     if accelerator.is_main_process:
         try:
             result = function()
         except UserError as e:
-            problem = [(type(e), str(e))]
-    broadcast_object_list(problem)
-    if problem[0]:
-        kind, message = problem[0]
-        raise kind(message)
+            problem = e
+    _raise_on_all(problem)
     return result if accelerator.is_main_process else function()
+
+
+def _raise_on_all(problem: UserError | None) -> None:
+    """Raise on every process what is wrong on the main one; the others' argument does not matter."""
+    said = [(type(problem), str(problem)) if problem is not None else None]
+    broadcast_object_list(said)
+    if said[0]:
+        kind, message = said[0]
+        raise kind(message)
 
 
 def open_run(config: Config, accelerator: Accelerator) -> Path:
@@ -55,19 +61,17 @@ def open_run(config: Config, accelerator: Accelerator) -> Path:
     )
     (name,) = broadcast_object_list([name])  # another rank may be a second later
     run = Path(config.output or 'output').expanduser() / name
-    problem: list[str | None] = [None]
+    problem = None
     if accelerator.is_main_process:
         try:
             run.mkdir(parents=True, exist_ok=True)
             if any(run.iterdir()):
-                problem = [f'--output/--experiment: {run} is not empty; name another --experiment']
+                problem = UserError(f'--output/--experiment: {run} is not empty; name another --experiment')
             else:
                 (run / 'args.yaml').write_text(to_yaml(config), encoding='utf-8')
         except OSError as e:
-            problem = [f'--output: {run} cannot be written ({e.strerror})']
-    broadcast_object_list(problem)
-    if problem[0]:
-        raise UserError(problem[0])
+            problem = UserError(f'--output: {run} cannot be written ({e.strerror})')
+    _raise_on_all(problem)
     accelerator.project_configuration.set_directories(str(run))
     accelerator.project_configuration.logging_dir = str(run)
     return run
