@@ -73,6 +73,22 @@ def test_rld_is_its_definition_sample_by_sample():
     assert got.item() == pytest.approx(float(3 * scd + 5 * mcd), rel=1e-12)
 
 
+@pytest.mark.parametrize('alpha_temperature', [2.0, 1.0])
+def test_the_gradient_of_rld_is_that_of_its_two_terms(alpha_temperature):
+    student, teacher, target = double_logits()
+    target[0], target[1] = teacher[0].argmax(), teacher[1].argmin()
+    student.requires_grad_()
+    scd = sample_confidence_loss(student, teacher, target, alpha_temperature)
+    mcd = masked_correlation_loss(student, teacher, target, 2.0)
+    (expected,) = torch.autograd.grad(5 * (3 * scd + 7 * mcd), student)
+    options = dict(alpha=3.0, beta=7.0, temperature=2.0, alpha_temperature=alpha_temperature)
+    loss = create_distill_loss('rld', **options)(student, teacher, target)
+    (got,) = torch.autograd.grad(5 * loss, student)
+    assert loss.item() == pytest.approx((3 * scd + 7 * mcd).item(), rel=1e-12)
+    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda s: create_distill_loss('rld', **options)(s, teacher, target), student)
+
+
 def test_masked_correlation_is_zero_where_the_true_class_is_ranked_last():
     student, teacher, _ = logits()
     student.grad = None

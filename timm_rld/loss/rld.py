@@ -6,12 +6,15 @@ relate. RLD keeps these two and drops the rest, instead of moving the teacher's 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._base import DistillLoss, check_temperature, check_weight
-from ._ops import binary_log_probs
+from ._ops import binary_log_probs, kl_rows
 
 
 def sample_confidence_loss(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
@@ -30,12 +33,9 @@ def sample_confidence_loss(student: Tensor, teacher: Tensor, target: Tensor, tem
         A 0-d tensor.
     """
     confidence = F.softmax(teacher / temperature, dim=1).amax(dim=1)
-    return _scd(student / temperature, confidence, target) * temperature**2
-
-
-def _scd(student: Tensor, confidence: Tensor, target: Tensor) -> Tensor:
     t = torch.stack([confidence, 1 - confidence], dim=1)
-    return (torch.xlogy(t, t) - t * binary_log_probs(student, target)).sum(dim=1).mean()
+    kl = torch.xlogy(t, t) - t * binary_log_probs(student / temperature, target)
+    return kl.sum(dim=1).mean() * temperature**2
 
 
 def misleading_classes(teacher: Tensor, target: Tensor) -> Tensor:
@@ -62,21 +62,14 @@ def masked_correlation_loss(student: Tensor, teacher: Tensor, target: Tensor, te
         A 0-d tensor.
     """
     misleading = misleading_classes(teacher, target)
-    return _mcd(student / temperature, teacher / temperature, misleading, -misleading.sum(dim=1)) * temperature**2
-
-
-def _mcd(student: Tensor, teacher: Tensor, misleading: Tensor, masked_count: Tensor) -> Tensor:
     # Masked logits become the lowest finite number: minus infinity would make NaN of a row without a class left.
     highest = torch.finfo(student.dtype).max
-    teacher = torch.add(teacher, misleading, alpha=highest)
-    teacher.sub_(teacher.amax(dim=1, keepdim=True))
-    p = F.softmax(teacher, dim=1)
-    # Σ p log p, with log p = teacher + log(max p): a log_softmax less, and no slow exp of what is far below zero
-    negative_entropy = torch.linalg.vecdot(p, teacher) + p.amax(dim=1).log()
-    del teacher  # a [B, C] less while the student's are made
-    log_q = F.log_softmax(torch.add(student, misleading, alpha=highest), dim=1)
-    kl = negative_entropy - torch.linalg.vecdot(p, log_q)
-    return (kl * (masked_count < student.shape[1])).mean()
+    log_p, log_q = (
+        F.log_softmax(torch.add(logits / temperature, misleading, alpha=highest), dim=1)
+        for logits in (teacher, student)
+    )
+    left = misleading.sum(dim=1) > -student.shape[1]
+    return (kl_rows(log_q, log_p) * left).mean() * temperature**2
 
 
 class RLD(DistillLoss):
@@ -114,23 +107,97 @@ class RLD(DistillLoss):
         self.standardize = standardize
 
     def loss(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        misleading = misleading_classes(teacher, target)
-        masked_count = -misleading.sum(dim=1)
-        s = s_alpha = student / self.temperature
-        t = t_alpha = teacher / self.temperature
-        if self.alpha_temperature != self.temperature:
-            s_alpha, t_alpha = student / self.alpha_temperature, teacher / self.alpha_temperature
-        p = F.softmax(t_alpha, dim=1)
-        confidence, masked_mass = p.amax(dim=1), -torch.linalg.vecdot(p, misleading)
-        del p
-        scd = _scd(s_alpha, confidence, target) * self.alpha_temperature**2
-        mcd = _mcd(s, t, misleading, masked_count) * self.temperature**2
+        weights = (self.alpha, self.beta, self.temperature, self.alpha_temperature)
+        loss, scd, mcd, masked_count, masked_mass = _RefinedLogits.apply(student, teacher, target, *weights)
         true = teacher.gather(1, target.unsqueeze(1))
         self.diagnostics = {
-            'scd': scd.detach(),
-            'mcd': mcd.detach(),
+            'scd': scd,
+            'mcd': mcd,
             'teacher_wrong': (true < teacher.amax(dim=1, keepdim=True)).to(teacher.dtype).mean(),
-            'masked_classes': masked_count.mean(),
-            'masked_mass': masked_mass.mean(),
+            'masked_classes': masked_count,
+            'masked_mass': masked_mass,
         }
-        return self.alpha * scd + self.beta * mcd
+        return loss
+
+
+class _RefinedLogits(torch.autograd.Function):
+    """alpha · SCD + beta · MCD and its gradient in one go, in four tensors [B, C] where autograd would hold a dozen.
+
+    On a CPU the cost of a criterion is that of the memory it asks for; this one asks for no more than `kd`. With σ the
+    student's probability of the true class, q that of the others among themselves, and p, r the teacher's and the
+    student's distribution over the classes that are not masked, the gradient of a sample is
+
+        alpha · τ_α · (σ - t) · (onehot(target) - q)  +  beta · τ · (r - p).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        alpha: float,
+        beta: float,
+        temperature: float,
+        alpha_temperature: float,
+    ) -> tuple[Tensor, ...]:
+        batch, classes = student.shape
+        index = target.unsqueeze(1)
+        highest = torch.finfo(student.dtype).max
+        misleading = misleading_classes(teacher, target)
+        masked_count = -misleading.sum(dim=1)
+        # masked logits become the lowest finite number: minus infinity would make NaN of a row without a class left
+
+        # the teacher: how sure, and its distribution p below the true class
+        work = teacher / alpha_temperature
+        p = F.softmax(work, dim=1)
+        confidence, masked_mass = p.amax(dim=1), -torch.linalg.vecdot(p, misleading)
+        if alpha_temperature != temperature:
+            torch.div(teacher, temperature, out=work)
+        negative_entropy = _softmax_below_(work.add_(misleading, alpha=highest), p)
+        negative_entropy += torch.linalg.vecdot(p, work)
+
+        # the student's sample confidence, from the log-odds of the true class
+        torch.div(student, alpha_temperature, out=work)
+        true = work.gather(1, index).squeeze(1)
+        work.scatter_(1, index, -highest)
+        grad = torch.empty_like(work)
+        highest_other = work.amax(dim=1)
+        odds = true - highest_other + _softmax_below_(work, grad)
+        scd = (
+            torch.xlogy(confidence, confidence)
+            + torch.special.xlog1py(1 - confidence, -confidence)
+            - confidence * F.logsigmoid(odds)
+            - (1 - confidence) * F.logsigmoid(-odds)
+        )
+        error = (odds.sigmoid() - confidence).mul_(alpha * alpha_temperature / batch).unsqueeze(1)
+        grad.mul_(-error).scatter_(1, index, error)
+
+        # the student's distribution r below the true class, against p
+        valid = (masked_count < classes).to(student.dtype)
+        torch.div(student, temperature, out=work).add_(misleading, alpha=highest)
+        r = misleading
+        minus_log_sum = _softmax_below_(work, r)
+        mcd = (negative_entropy - torch.linalg.vecdot(p, work) - minus_log_sum) * valid
+        grad.add_(r.sub_(p).mul_(valid.mul_(beta * temperature / batch).unsqueeze(1)))
+
+        scd, mcd = scd.mean() * alpha_temperature**2, mcd.mean() * temperature**2
+        figures = scd, mcd, masked_count.mean(), masked_mass.mean()
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(*figures)
+        return alpha * scd + beta * mcd, *figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss, *[None] * 6
+
+
+def _softmax_below_(logits: Tensor, out: Tensor) -> Tensor:
+    """Write softmax(logits) into ``out`` and take each row's highest from ``logits``, in place: then log softmax is
+    ``logits`` plus the result `[B]`. The log-sum-exp costs no pass of its own, since the highest probability is exp of
+    its negative."""
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    torch.softmax(logits, dim=1, out=out)
+    return out.amax(dim=1).log_()
