@@ -1,9 +1,15 @@
-"""Refined logit distillation for timm. Importing this is cheap: each public name loads its room when first used."""
+"""Refined logit distillation for timm.
+
+Importing this registers the CIFAR networks with timm (`cifar_…`), and costs little more than `import timm`: each public
+name loads its room when first used.
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from . import models as models
 
 __version__ = '0.1.0'
 

@@ -66,7 +66,7 @@ def export_model(
     data_config: dict[str, Any],
     label_names: list[str] | None = None,
 ) -> Path:
-    """Write a timm model folder (config.json, model.safetensors) that `timm.create_model('local-dir:…')` reads.
+    """Write a timm model folder (config.json, model.safetensors, README.md) for `timm.create_model('local-dir:…')`.
 
     The folder appears whole or not at all. What the config would inherit from the base weights and is no longer true
     (tag, origin, papers, license, test size and crop) is left out or overwritten.
@@ -99,9 +99,23 @@ def export_model(
         for key in _BASE_WEIGHTS_KEYS:
             config['pretrained_cfg'].pop(key, None)
         config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding='utf-8')
+        (parts / 'README.md').write_text(_how_to_load(model, folder.name), encoding='utf-8')
         if folder.exists():
             shutil.rmtree(folder)
         parts.rename(folder)
     finally:
         shutil.rmtree(parts, ignore_errors=True)
     return folder
+
+
+def _how_to_load(model: nn.Module, folder: str) -> str:
+    """A README: the lines that load a model folder. Networks of ours need our registration first."""
+    ours = type(model).__module__.partition('.')[0] == __package__
+    registers = f"import {__package__}  # puts {model.pretrained_cfg['architecture']} into timm's registry\n"
+    return (
+        f'# {model.pretrained_cfg["architecture"]}\n\nA timm model folder, distilled with {__package__}.\n\n```python\n'
+        f'{registers if ours else ""}import timm\n\n'
+        f"model = timm.create_model('local-dir:{folder}', pretrained=True).eval()\n"
+        'config = timm.data.resolve_data_config({}, model=model, use_test_size=True)\n'
+        'transform = timm.data.create_transform(**config)\n```\n'
+    )

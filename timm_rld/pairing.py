@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,11 @@ from .errors import UserError, did_you_mean
 from .hub import hub_in_reach
 
 Floats = Sequence[float]
+_SCALAR = np.float64(0).__reduce__()[0]
+_PLAIN_TYPES = [
+    argparse.Namespace, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType, _SCALAR,
+    (_SCALAR, 'numpy.core.multiarray.scalar'),  # its name before NumPy 2
+]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- what a network sees
@@ -82,6 +89,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.name = name
         self.other_names = False  # its labels have none of the dataset's names
+        self.own_size: tuple[int, int] | None = None  # (H, W) that its weights were made for, where that is known
         self.model = model
         self.view = view if view is not None else input_view(model)
         index = None if class_map is None else torch.tensor(list(class_map), dtype=torch.int64)
@@ -277,7 +285,9 @@ def load_weights(path: str, flag: str) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise UserError(f'{flag} {path}: no such file')
     try:
-        state = load_state_dict(path, weights_only=True)
+        # scalars and options that training programs save beside the weights: known types, which run no code
+        with torch.serialization.safe_globals(_PLAIN_TYPES):
+            state = load_state_dict(path, weights_only=True)
     except Exception as e:
         if isinstance(e, pickle.UnpicklingError) or 'weights_only' in str(e):
             raise UserError(
@@ -568,6 +578,9 @@ def create_teacher(
     if index is None and not to_fit and state is None and class_names and card.label_names:
         teacher.other_names = not set(class_names) & set(card.label_names)
     size = view.size or view_size
+    own = tuple(card.config.get('input_size', ())[-2:])
+    if own and not to_fit and (state is None or own < tuple(size)):  # a file may come from training at another size
+        teacher.own_size = own
     _try_forward(model, (in_chans, *size), outputs, f'--teacher {name}')
     return teacher
 
@@ -662,6 +675,12 @@ def audit(pair: Pair) -> list[str]:
         h, w = pair.data_config['input_size'][-2:]
         lines.append(
             f'size: the teacher sees the {h}×{w} view resized to {teacher.view.size[0]}×{teacher.view.size[1]}'
+        )
+    made_for, sees = teacher.own_size, teacher.view.size or pair.data_config['input_size'][-2:]
+    if made_for and not 0.5 <= sees[0] / made_for[0] <= 2:
+        lines.append(
+            f'size: the weights of the teacher were made for {made_for[0]}×{made_for[1]}, it sees {sees[0]}×{sees[1]} '
+            f'(--teacher-img-size {made_for[0]} resizes)'
         )
     if teacher.other_names:
         lines.append("classes: none of the teacher's label names is one of the dataset's; they are taken in order")

@@ -1,0 +1,6 @@
+"""CIFAR networks of the distillation literature, in timm's registry as `cifar_…`."""
+
+from . import cifar_mobilenetv2, cifar_resnet, cifar_shufflenet, cifar_vgg, cifar_wrn
+from ._base import CifarNet
+
+__all__ = ['CifarNet', 'cifar_mobilenetv2', 'cifar_resnet', 'cifar_shufflenet', 'cifar_vgg', 'cifar_wrn']
