@@ -14,7 +14,7 @@ from typing import Any
 
 import timm_rld
 from timm_rld.config import Config, parse_args, resolve, uses_sample
-from timm_rld.errors import UsageError, run_main
+from timm_rld.errors import run_main
 
 
 def run(config: Config, command: str = '') -> dict[str, Any]:
@@ -23,19 +23,12 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     from timm_rld import data, engine, pairing, runs
     from timm_rld.hub import export_model
-    from timm_rld.loss import create_distill_loss, get_criterion
+    from timm_rld.loss import choose_criterion
     from timm_rld.task import DistillationTask
 
     # ---- config
-    if config.student is None or (config.teacher is None and config.distill != 'none'):
-        raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
-    try:
-        row = get_criterion(config.distill, config.standardize)
-        options = {**row.options, **config.distill_kwargs}
-        criterion = create_distill_loss(config.distill, **options) if row.cls or options else None
-    except ValueError as e:
-        raise UsageError(f'--distill {config.distill}: {e}') from e
-    engine.check_optimizer(resolve(config))
+    engine.check_settings(resolve(config))
+    row, criterion = choose_criterion(config.distill, config.standardize, config.distill_kwargs)
     accelerator = engine.create_accelerator(config)
     config = resolve(
         config, accelerator.num_processes, task_loss_weight=row.task_weight, distill_loss_weight=row.distill_weight,
@@ -86,23 +79,35 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     run_folder = runs.open_run(config, accelerator)
     accelerator.init_trackers('timm_rld', config={'command': command})
 
-    def fit(task: DistillationTask, epochs: int, log: str, **kwargs: Any) -> list[dict[str, float]]:
+    def fit(task: DistillationTask, settings: Config, log: str, **kwargs: Any) -> list[dict[str, float]]:
         set_seed(config.seed, device_specific=True)
-        return engine.fit(
-            task, train_loader, val_loader, accelerator, config, epochs=epochs, log_file=run_folder / log, **kwargs
-        )
+        return engine.fit(task, train_loader, val_loader, accelerator, settings, log_file=run_folder / log, **kwargs)
+
+    def finish(results: dict[str, Any], line: str) -> dict[str, Any]:
+        if accelerator.is_main_process:
+            runs.write_results(run_folder, results)
+        accelerator.end_training()
+        say(f'{run_folder}: {line}')
+        return {**results, 'run': str(run_folder)}
 
     # ---- teacher
     if fit_teacher:
         model = teacher.model.requires_grad_(True)
         task = DistillationTask(model, None, None, smoothing=config.smoothing, view=teacher.view)
-        fit(task, config.teacher_epochs, 'teacher.csv', title='teacher')
+        fit(task, config.of_teacher(), 'teacher.csv', title='teacher')
         if task.has_ema():
             model.load_state_dict(task.trainable_module_ema.module.state_dict())
         teacher.requires_grad_(False).eval()
         if accelerator.is_main_process:
             export_model(model, run_folder / 'teacher', data_config=pair.teacher_data_config, label_names=class_names)
         teacher_top1, reference = judge_teacher()
+
+    results = dict(
+        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=dict(row.options),
+        num_classes=num_classes, teacher_top1=teacher_top1, command=command,
+    )  # fmt: skip
+    if config.epochs == 0:
+        return finish(results, f'teacher top-1 {teacher_top1:.2f}')
 
     # ---- loss, task, fit
     task = DistillationTask(
@@ -112,15 +117,13 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     if criterion is not None and task.warmup_epochs > config.epochs:
         say(f'note: distillation ramps up over {task.warmup_epochs} epochs (--distill-warmup-epochs), '
             f'the run has {config.epochs}')  # fmt: skip
-    history = fit(task, config.epochs, 'summary.csv', reference=reference)
+    history = fit(task, config, 'summary.csv', reference=reference)
 
     # ---- export
     last, best = history[-1], max(history, key=lambda r: r['eval_top1'])
-    results = dict(
-        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=options,
-        num_classes=num_classes, teacher_top1=teacher_top1, student_top1=last['eval_top1'],
-        student_top1_best=best['eval_top1'], best_epoch=best['epoch'], student_top1_ema=last.get('eval_top1_ema'),
-        agreement=last.get('eval_agreement'), command=command,
+    results.update(
+        student_top1=last['eval_top1'], student_top1_best=best['eval_top1'], best_epoch=best['epoch'],
+        student_top1_ema=last.get('eval_top1_ema'), agreement=last.get('eval_agreement'),
         train_images_per_second=len(history) / sum(1 / r['images_per_second'] for r in history),
     )  # fmt: skip
     if accelerator.is_main_process:
@@ -128,11 +131,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         export_model(student, run_folder / 'student', **kwargs)
         if task.has_ema():
             export_model(task.trainable_module_ema.module, run_folder / 'student_ema', **kwargs)
-        runs.write_results(run_folder, results)
-    accelerator.end_training()
     taught = f'teacher top-1 {teacher_top1:.2f}, ' if teacher is not None else ''
-    say(f'{run_folder}: {taught}student top-1 {last["eval_top1"]:.2f}')
-    return {**results, 'run': str(run_folder)}
+    return finish(results, f'{taught}student top-1 {last["eval_top1"]:.2f}')
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -113,8 +113,8 @@ def test_learning_rate_scales_with_the_global_batch_as_in_timm():
 
 
 def test_default_warmup_never_eats_a_short_run():
-    assert [warmup_epochs(Config(), e) for e in (1, 3, 10, 100, 300)] == [0, 0, 1, 5, 5]
-    assert warmup_epochs(Config(warmup_epochs=3), 300) == 3
+    assert [warmup_epochs(Config(epochs=e)) for e in (1, 3, 10, 100, 300)] == [0, 0, 1, 5, 5]
+    assert warmup_epochs(Config(warmup_epochs=3, epochs=300)) == 3
 
 
 def test_accumulation_steps_of_accelerate_launch_are_heard(monkeypatch):
@@ -129,7 +129,8 @@ def test_accumulation_steps_of_accelerate_launch_are_heard(monkeypatch):
         (['--epoch', '3'], "unknown flag --epoch (did you mean '--epochs'?)"),
         (['--epochs'], '--epochs: expected one argument'),
         (['resnet18'], "unexpected 'resnet18'"),
-        (['--epochs', '0'], '--epochs: must be greater than 0, got 0'),
+        (['--epochs', '-1'], '--epochs: must be at least 0, got -1'),
+        (['--epochs', '0', '--teacher-epochs', '0'], '--epochs 0: fits the teacher alone'),
         (['--epochs', '2.5'], "--epochs: expected a whole number, got '2.5'"),
         (['--batch-size', '-1'], '--batch-size: must be greater than 0, got -1'),
         (['--lr', '0'], '--lr: must be greater than 0, got 0'),

@@ -46,7 +46,7 @@ def test_each_step_is_the_mean_over_its_whole_group_the_last_incomplete_one_incl
     task = DistillationTask(trained, None, None)
     accelerator = engine.create_accelerator(settings())
     engine.fit(task, loader, make_loader(folder, 'validation', 8, training=False), accelerator,
-               settings(channels_last=False), epochs=1, log_file=tmp_path / 'log.csv')  # fmt: skip
+               settings(channels_last=False), log_file=tmp_path / 'log.csv')  # fmt: skip
     loader.set_epoch(1)
     batches = list(loader)
     expected.train()
@@ -84,8 +84,8 @@ def test_evaluation_counts_every_image_once_at_any_batch_size(folder, batch_size
 
 def test_multistep_lowers_the_rate_in_the_epoch_named_counted_from_one():
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-    config = settings(sched='multistep', decay_milestones=(3, 5), lr=1.0, warmup_epochs=0)
-    scheduler = engine.create_scheduler(optimizer, config, 6, 10)
+    config = settings(sched='multistep', decay_milestones=(3, 5), lr=1.0, warmup_epochs=0, epochs=6)
+    scheduler = engine.create_scheduler(optimizer, config, 10)
     rates = []
     for epoch in range(1, 7):
         rates.append(round(optimizer.param_groups[0]['lr'], 6))
@@ -95,8 +95,9 @@ def test_multistep_lowers_the_rate_in_the_epoch_named_counted_from_one():
 
 def test_multistep_on_updates_lowers_the_rate_with_the_first_update_of_the_epoch_named():
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-    config = settings(sched='multistep', decay_milestones=(3, 5), lr=1.0, warmup_epochs=0, sched_on_updates=True)
-    scheduler = engine.create_scheduler(optimizer, config, 6, 4)
+    config = settings(sched='multistep', decay_milestones=(3, 5), lr=1.0, warmup_epochs=0, epochs=6,
+                      sched_on_updates=True)  # fmt: skip
+    scheduler = engine.create_scheduler(optimizer, config, 4)
     rates = []
     for update in range(1, 25):
         rates.append(round(optimizer.param_groups[0]['lr'], 6))
@@ -122,7 +123,7 @@ def test_weight_decay_leaves_out_biases_and_norms_unless_told_otherwise():
 )
 def test_an_optimizer_or_schedule_that_cannot_be_is_named(kwargs, error, message):
     with pytest.raises(error) as e:
-        engine.check_optimizer(settings(**kwargs))
+        engine.check_settings(settings(teacher='a', student='b', **kwargs))
     assert message in str(e.value)
 
 
@@ -234,8 +235,8 @@ def test_what_a_criterion_learns_is_stepped_and_not_decayed(folder, trained_teac
     accelerator = engine.create_accelerator(config)
     loaders = make_loader(folder, 'train', 8, training=True), make_loader(folder, 'validation', 8, training=False)
     task.criterion.decay_epochs = 1e9  # λ near 0: only weight decay could move θ far
-    engine.fit(task, *loaders, accelerator, config, epochs=1, log_file=tmp_path / 'log.csv')
+    engine.fit(task, *loaders, accelerator, config, log_file=tmp_path / 'log.csv')
     assert theta.item() == 1.0
     task.criterion.decay_epochs = 1
-    engine.fit(task, *loaders, accelerator, config, epochs=1, log_file=tmp_path / 'log.csv')
+    engine.fit(task, *loaders, accelerator, config, log_file=tmp_path / 'log.csv')
     assert theta.item() != 1.0

@@ -27,7 +27,8 @@ FLOORS = {
     'runs': {'config', 'errors'},
     'engine': {'task', 'data', 'pairing', 'runs', 'config', 'errors'},
     'bench': {'loss', 'errors'},
-    '__main__': {'bench', 'config', 'errors', 'loss'},
+    'compare': {'config', 'errors', 'loss'},
+    '__main__': {'bench', 'compare', 'config', 'errors', 'loss'},
     '__init__': {'models', 'loss', 'pairing', 'task', 'data', 'hub', 'errors'},
 }
 

@@ -182,7 +182,7 @@ WRONG = [
     (['--opt', 'sdg'], 2, "--opt sdg: unknown optimizer (did you mean 'sgd'"),
     (['--data-dir', '/nowhere'], 1, '--data-dir /nowhere: no such folder'),
     (['--val-split', 'test'], 1, "--val-split 'test': no such folder in --data-dir"),
-    (['--epochs', '0'], 2, '--epochs: must be greater than 0'),
+    (['--epochs', '-1'], 2, '--epochs: must be at least 0'),
     (
         ['--teacher-epochs', '0', '--teacher', 'resnet34', '--teacher-pretrained'],
         1,
@@ -290,3 +290,12 @@ def test_labels_of_another_dataset_are_noticed(tiny, tmp_path, trained_teacher, 
     argv = [*tiny, '--teacher', f'local-dir:{trained_teacher}', '--teacher-pretrained', '--teacher-epochs', '0']
     assert main([*argv, '--data-dir', str(tmp_path / 'd')]) == 0
     assert "none of the teacher's label names is one of the dataset's" in capsys.readouterr().out
+
+
+def test_a_run_of_no_epochs_fits_the_teacher_alone(tiny, tmp_path):
+    assert main([*tiny, '--epochs', '0', '--teacher-lr', '0.003']) == 0
+    run = tmp_path / 'run'
+    assert (run / 'teacher' / 'config.json').exists() and not (run / 'student').exists()
+    results = json.loads((run / 'results.json').read_text())
+    assert results['teacher_top1'] > 0 and 'student_top1' not in results
+    assert ',0.003,' in (run / 'teacher.csv').read_text()

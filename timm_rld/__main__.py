@@ -39,6 +39,13 @@ def bench(args: argparse.Namespace) -> None:
                               device=args.device)))  # fmt: skip
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Run a comparison and print its table."""
+    from .compare import compare, markdown
+
+    print(markdown(compare(args.criteria, args.seeds, args.flags, args.output, launcher=args.launcher)), end='')
+
+
 def parse(argv: list[str]) -> None:
     parser = Parser(prog='timm-rld', description='Tools around train_distill.py.', allow_abbrev=False)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
@@ -56,7 +63,23 @@ def parse(argv: list[str]) -> None:
     verb.add_argument('--device', default='cpu')
     verb.set_defaults(run=bench)
 
-    args = parser.parse_args(argv)
+    verb = verbs.add_parser(
+        'compare', help='one pair under several criteria and seeds', allow_abbrev=False,
+        usage='timm-rld compare --criteria NAME … --seeds N … --output DIR [flags of train_distill.py]',
+        description='All else equal; the teacher is fitted once and shared. Interrupted, it goes on where it was.',
+    )  # fmt: skip
+    verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['none', 'kd', 'dkd', 'rld'],
+                      help="default: none kd dkd rld; options after a colon: 'rld:beta=2,temperature=1'")  # fmt: skip
+    verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2], help='default: 0 1 2')
+    verb.add_argument('--output', metavar='DIR', default='output/compare', help='default: output/compare')
+    verb.add_argument('--launcher', metavar='COMMAND', default='',
+                      help="in place of python, e.g. 'accelerate launch --num_processes 2'")  # fmt: skip
+    verb.set_defaults(run=compare)
+
+    args, rest = parser.parse_known_args(argv)
+    args.flags = rest
+    if rest and args.verb != 'compare':
+        parser.error(f'unrecognized arguments: {" ".join(rest)}')
     args.run(args)
 
 

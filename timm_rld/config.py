@@ -76,6 +76,7 @@ class Config:
     teacher_epochs: int | None = setting(
         None, MODELS, 'fit the teacher on this dataset for N epochs first; 0: do not fit', ge=0
     )
+    teacher_lr: float | None = setting(None, MODELS, "learning rate of the teacher's fit (default: --lr)", gt=0)
     teacher_pretrained: bool | None = setting(None, MODELS, 'use the published weights of the teacher (default: yes)')
     teacher_class_map: str | None = setting(
         None, MODELS, "map the dataset's classes to the teacher's outputs: 'auto' (by label names) or a JSON file"
@@ -121,7 +122,7 @@ class Config:
     dataset: str | None = setting(
         None, DATA, 'hfds/NAME_OR_PATH, hfids/NAME (streaming), wds/…, torch/NAME; default: folders in --data-dir'
     )
-    data_dir: str | None = setting(None, DATA, 'root folder (or cache folder of hfds/, hfids/)')
+    data_dir: str | None = setting(None, DATA, 'root folder (or cache folder of an hfds/, hfids/ --dataset)')
     train_split: str | None = setting(None, DATA, 'name of the training split (default: train)')
     val_split: str | None = setting(None, DATA, 'name of the validation split (default: validation)')
     train_num_samples: int | None = setting(
@@ -196,7 +197,9 @@ class Config:
     model_ema_warmup: bool = setting(False, OPTIM, 'warm the decay up')
 
     # learning rate
-    epochs: int | None = setting(None, SCHED, 'epochs of the student (default: 300)', gt=0)
+    epochs: int | None = setting(
+        None, SCHED, 'epochs of the student (default: 300); 0: fit the teacher alone (--teacher-epochs)', ge=0
+    )
     lr: float | None = setting(None, SCHED, 'learning rate (default: lr-base scaled to the global batch)', gt=0)
     lr_base: float = setting(0.1, SCHED, 'learning rate at a global batch of lr-base-size', gt=0)
     lr_base_size: int = setting(256, SCHED, 'see lr-base', gt=0)
@@ -240,6 +243,10 @@ class Config:
     def pick(self, *names: str) -> dict[str, Any]:
         """Some settings as keyword arguments."""
         return {name: getattr(self, name) for name in names}
+
+    def of_teacher(self) -> Config:
+        """The settings for the teacher's fit."""
+        return dataclasses.replace(self, epochs=self.teacher_epochs, lr=self.teacher_lr or self.lr)
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -497,12 +504,26 @@ def parse_args(
         if first.startswith('-'):
             raise UsageError(f'unknown flag {first}{did_you_mean(first, flags, 1)}; --help lists them')
         raise UsageError(f"unexpected '{first}'; every value needs a flag before it, --help lists them")
+    from_file = values
+    values = {}
     for name, value in given.items():
         try:
             values[name] = _check_value(name, value)
         except ValueError as e:
             raise UsageError(f'{flag_of(name)}: {e}') from None
-    return Config(**values)
+    return Config(**{**_still_meant(from_file, values), **values})
+
+
+def _still_meant(from_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The file's settings without those that belong to a choice that the command line has made anew: the options of
+    another criterion, the columns of a Hub dataset where `--data-dir` names folders."""
+    set_aside: tuple[str, ...] = ()
+    meant = from_file.get('distill', FIELDS['distill'].default)
+    if given.get('distill', meant) != meant:
+        set_aside += ('distill_kwargs', 'task_loss_weight', 'distill_loss_weight', 'distill_warmup_epochs')
+    if 'data_dir' in given and 'dataset' not in given and str(from_file.get('dataset')).startswith(('hfds/', 'hfids/')):
+        set_aside += ('dataset', 'input_key', 'target_key')
+    return {k: v for k, v in from_file.items() if k not in set_aside}
 
 
 # --------------------------------------------------------------------------------------------------------- defaults
@@ -559,7 +580,7 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         own_weights = c.teacher_checkpoint is not None or ':' in (c.teacher or '')
         default(teacher_pretrained=own_weights, teacher_epochs=0 if own_weights else None)
         default(**SAMPLE_DEFAULTS)
-        default(warmup_epochs=1 if min(c.epochs, c.teacher_epochs or c.epochs) > 1 else 0)
+        default(warmup_epochs=1 if min(filter(None, (c.epochs, c.teacher_epochs)), default=0) > 1 else 0)
     accum_env = os.environ.get('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '1')
     default(
         **published,
@@ -586,6 +607,10 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         )
         c.lr = c.lr_base * (ratio**0.5 if by_root else ratio)
 
+    default(teacher_lr=c.lr)
+
+    if not c.epochs and not c.teacher_epochs:
+        raise UsageError('--epochs 0: fits the teacher alone, so --teacher-epochs N is needed')
     for name in ('cutmix_minmax', 'scale', 'ratio'):
         low_high = getattr(c, name)
         if (
@@ -610,6 +635,6 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
     return c
 
 
-def warmup_epochs(config: Config, epochs: int) -> int:
-    """Warm-up epochs of a fit of ``epochs``: as said, else timm's 5, but at most a tenth of the fit."""
-    return min(5, epochs // 10) if config.warmup_epochs is None else config.warmup_epochs
+def warmup_epochs(config: Config) -> int:
+    """Epochs of warm-up: as said, else timm's 5, but at most a tenth of the fit."""
+    return min(5, config.epochs // 10) if config.warmup_epochs is None else config.warmup_epochs

@@ -140,12 +140,11 @@ def fit(
     accelerator: Accelerator,
     config: Config,
     *,
-    epochs: int,
     log_file: Path,
     reference: Tensor | None = None,
     title: str = 'student',
 ) -> list[dict[str, float]]:
-    """Train a task's module for some epochs, evaluating after each.
+    """Train a task's module for the epochs that the settings say, evaluating after each.
 
     Each optimizer step averages its gradient over the samples that it really has, over all processes and batches of its
     accumulation group, the last incomplete one included.
@@ -153,7 +152,7 @@ def fit(
     Args:
         task: its ``trainable_module`` is trained in place, and is left on the device, unwrapped.
         train_loader, val_loader: sharded already.
-        config: optimizer, schedule, mixing, EMA, clipping and logging settings.
+        config: epochs, optimizer, schedule, mixing, EMA, clipping and logging settings.
         log_file: a CSV with a row an epoch.
         reference: the teacher's predictions on ``val_loader``, for the agreement.
         title: for progress lines.
@@ -164,7 +163,7 @@ def fit(
     Raises:
         UserError: where the loss is not finite.
     """
-    device, world = accelerator.device, accelerator.num_processes
+    device, world, epochs = accelerator.device, accelerator.num_processes, config.epochs
     module = task.trainable_module
     task.to(device)
     channels_last = config.channels_last
@@ -180,7 +179,7 @@ def fit(
     optimizer = create_optimizer(module, config)
     if learned:
         optimizer.add_param_group({'params': learned, 'weight_decay': 0.0})
-    scheduler = create_scheduler(optimizer, config, epochs, train_loader.updates_per_epoch)
+    scheduler = create_scheduler(optimizer, config, train_loader.updates_per_epoch)
     if config.torchcompile:
         task.compile()
     task.eval_model = task.trainable_module  # what evaluate() may call: not yet in DDP
@@ -285,18 +284,22 @@ def create_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer
         raise UserError(f'--opt {config.opt}: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
 
-def check_optimizer(config: Config) -> None:
-    """Raise an error, before anything is built, for an optimizer or schedule that cannot be had with these settings."""
+def check_settings(config: Config) -> None:
+    """Raise an error, before anything is built, where a network is not named, or for an optimizer or schedule that
+    cannot be had with these settings."""
+    if config.student is None or (config.teacher is None and config.distill != 'none'):
+        raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
     known = list_optimizers()
     if config.opt.lower() not in known:
         raise UsageError(f'--opt {config.opt}: unknown optimizer{did_you_mean(config.opt, known)}')
     optimizer = create_optimizer(nn.Linear(2, 2), config)
-    for epochs in filter(None, (config.epochs, config.teacher_epochs)):
-        create_scheduler(optimizer, config, epochs, 1)
+    for c in (config, config.of_teacher()):
+        if c.epochs:
+            create_scheduler(optimizer, c, 1)
 
 
 def create_scheduler(
-    optimizer: torch.optim.Optimizer, config: Config, epochs: int, updates_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: Config, updates_per_epoch: int
 ) -> Scheduler | _NoScheduler:
     """timm's scheduler of that name. It stays out of `accelerator.prepare`, which would step it once a process."""
     milestones = list(config.decay_milestones)
@@ -306,14 +309,14 @@ def create_scheduler(
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=config.sched,
-            num_epochs=epochs - config.cooldown_epochs,
+            num_epochs=config.epochs - config.cooldown_epochs,
             decay_epochs=config.decay_epochs,
             decay_milestones=milestones,
             cooldown_epochs=config.cooldown_epochs,
             decay_rate=config.decay_rate,
             min_lr=config.min_lr,
             warmup_lr=config.warmup_lr,
-            warmup_epochs=warmup_epochs(config, epochs),
+            warmup_epochs=warmup_epochs(config),
             step_on_epochs=not config.sched_on_updates,
             updates_per_epoch=updates_per_epoch,
         )

@@ -1,7 +1,7 @@
 """Distillation criteria: one file a paper, one table, `create_distill_loss(name, **options)`."""
 
 from ._base import DistillLoss
-from ._factory import CRITERIA, Criterion, create_distill_loss, describe_criteria, get_criterion
+from ._factory import CRITERIA, Criterion, choose_criterion, create_distill_loss, describe_criteria, get_criterion
 from .atkd import ATKD, atkd_loss
 from .bild import BiLD, bild_loss
 from .ctkd import CTKD
@@ -33,6 +33,7 @@ __all__ = [
     'WTTM',
     'atkd_loss',
     'bild_loss',
+    'choose_criterion',
     'correction_loss',
     'create_distill_loss',
     'describe_criteria',

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import did_you_mean
+from ..errors import UsageError, did_you_mean
 from ._base import DistillLoss
 from .atkd import ATKD
 from .bild import BiLD
@@ -166,6 +166,23 @@ def get_criterion(name: str, standardize: bool = False) -> Criterion:
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion '{name}'{did_you_mean(name, CRITERIA)}; known: {', '.join(CRITERIA)}")
     return CRITERIA[name].standardized() if standardize else CRITERIA[name]
+
+
+def choose_criterion(name: str, standardize: bool, options: dict[str, Any]) -> tuple[Criterion, DistillLoss | None]:
+    """The row of a run with the options that it will have, and its criterion; None where nothing is distilled.
+
+    Args:
+        name, standardize, options: as `--distill`, `--standardize` and `--distill-kwargs` have them.
+
+    Raises:
+        UsageError: as :func:`get_criterion` and :func:`create_distill_loss`.
+    """
+    try:
+        row = get_criterion(name, standardize)
+        row = replace(row, options=MappingProxyType({**row.options, **options}))
+        return row, create_distill_loss(name, **row.options) if row.cls or options else None
+    except ValueError as e:
+        raise UsageError(f'--distill {name}: {e}') from e
 
 
 def describe_criteria() -> str:

@@ -1,0 +1,103 @@
+"""timm-rld compare: what it runs, what it goes on with, and the arithmetic of its table."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from timm_rld.__main__ import main
+from timm_rld.compare import markdown, parse_variant, summarize
+
+
+def rows(**top1: list[float]) -> list[dict]:
+    return [
+        dict(criterion=name, seed=seed, top1=value, top1_best=value + 1, teacher_top1=80.0, agreement=50.0,
+             images_per_second=100.0, run='')
+        for name, values in top1.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_means_deviations_gains_and_paired_intervals():
+    none, kd, rld = summarize(rows(none=[60, 62, 64], kd=[61, 63, 66], rld=[63, 66, 66]))
+    assert (none['top1'], none['top1_std'], none['top1_best'], none['gain_over_none']) == (62, 2, 63, None)
+    assert kd['gain_over_none'] == pytest.approx(4 / 3)
+    assert kd['rld_minus_this'] == pytest.approx(5 / 3)
+    deviation = math.sqrt(((2 - 5 / 3) ** 2 + (3 - 5 / 3) ** 2 + (0 - 5 / 3) ** 2) / 2)
+    assert kd['interval'] == pytest.approx(4.303 * deviation / math.sqrt(3))
+    assert rld['rld_minus_this'] is None and rld['gain_over_none'] == pytest.approx(3)
+
+
+def test_one_seed_has_no_plus_minus_and_says_so():
+    found = dict(teacher='a', student='b', epochs=2, seeds=[0], runs=rows(none=[60], rld=[62]))
+    text = markdown({**found, 'criteria': summarize(found['runs'])})
+    assert '±' not in text and 'One seed' in text and '| none | 60.00 | 61.00 |  | +2.00 |' in text
+
+
+@pytest.fixture(scope='module')
+def compared(folder, tmp_path_factory):
+    """A comparison of two criteria, complete; the flags that made it."""
+    output = tmp_path_factory.mktemp('compare') / 'out'
+    argv = [
+        'compare', '--criteria', 'none', 'rld:beta=2,distill_warmup_epochs=1', '--seeds', '0', '--output', str(output),
+        '--teacher', 'test_resnet', '--student', 'test_resnet', '--data-dir', str(folder), '--img-size', '32',
+        '--no-teacher-pretrained', '--teacher-epochs', '1', '--epochs', '1', '-b', '8', '--workers', '0',
+        '--lr', '0.01', '--min-teacher-acc', '0',
+    ]  # fmt: skip
+    assert main(argv) == 0
+    return output, argv
+
+
+def test_the_teacher_is_fitted_once_and_each_run_has_its_criterion(compared):
+    output, _ = compared
+    found = json.loads((output / 'compare.json').read_text())
+    assert [r['criterion'] for r in found['runs']] == ['none', 'rld:beta=2,distill_warmup_epochs=1']
+    assert len({r['teacher_top1'] for r in found['runs']}) == 1
+    results = json.loads((output / found['runs'][1]['run'] / 'results.json').read_text())
+    assert results['distill'] == 'rld' and results['distill_options']['beta'] == 2
+    assert not list(output.glob('*seed*/teacher')) and (output / 'teacher' / 'teacher').is_dir()
+    assert (output / 'compare.md').read_text().count('\n| ') == 4
+    assert len((output / 'compare.csv').read_text().splitlines()) == 3
+
+
+def test_the_same_call_goes_on_with_what_is_missing_and_more_criteria_can_be_added(compared, capsys):
+    output, argv = compared
+    (output / 'none-seed0' / 'results.json').unlink()  # as if it had been killed
+    before = (output / 'teacher' / 'results.json').stat().st_mtime_ns
+    argv = [*argv[:2], 'kd', *argv[2:]]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert 'the teacher: already there' in out and 'seed 0: already there' in out
+    assert '[2/3] none seed 0: top-1' in out and '[1/3] kd seed 0: top-1' in out
+    assert (output / 'teacher' / 'results.json').stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ('extra', 'code', 'message'),
+    [
+        (['--lr', '0.02'], 1, 'holds a comparison with --lr 0.01, not 0.02'),
+        (['--seed', '3'], 2, '--seed: is chosen for each run'),
+        (['--lrr', '3'], 2, "unknown flag --lrr (did you mean '--lr'?)"),
+        (['--criteria', 'kd', 'kd'], 2, '--criteria: kd is there twice'),
+        (['--criteria', 'kdd'], 2, "unknown criterion 'kdd'"),
+        (['--criteria', 'kd:beta=1'], 2, "criterion 'kd' has no option 'beta'"),
+        (['--criteria', 'kd:beta'], 2, 'expected name=value after the colon'),
+    ],
+)
+def test_a_wrong_comparison_says_so_before_any_run(compared, capsys, extra, code, message):
+    assert main([*compared[1], *extra]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_with_its_message_and_log(compared, capsys, tmp_path):
+    argv = [*compared[1], '--output', str(tmp_path / 'out'), '--data-dir', str(tmp_path / 'nowhere')]
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert 'the teacher failed with code 1' in error and 'no such folder' in error and 'teacher.log' in error
+
+
+def test_a_variant_is_its_flags():
+    assert parse_variant('kd:standardize=true,temperature=3,task_loss_weight=0.5').flags == (
+        '--distill', 'kd', '--standardize', '--task-loss-weight', '0.5', '--distill-kwargs', 'temperature=3',
+    )  # fmt: skip

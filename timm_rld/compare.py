@@ -1,0 +1,273 @@
+"""Criteria held against each other: one pair, several criteria and seeds, everything else equal."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import FIELDS, Config, flag_of, load_yaml, parse_args, resolve, to_yaml
+from .errors import UsageError, UserError
+from .loss import choose_criterion
+
+# 97.5% quantiles of Student's t for 1, 2, … degrees of freedom
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+_OWN = ('output', 'experiment', 'distill', 'seed')
+_OF_CRITERION = ('standardize', 'task_loss_weight', 'distill_loss_weight', 'distill_warmup_epochs')
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A criterion to compare, and the flags that choose it.
+
+    Attributes:
+        label: as it was written; the name in tables and folders.
+        flags: for `train_distill.py`.
+    """
+
+    label: str
+    flags: tuple[str, ...]
+
+
+def parse_variant(text: str) -> Variant:
+    """`rld`, or with options and weights: `rld:beta=2,temperature=1,distill_warmup_epochs=1`, `kd:standardize=true`.
+
+    Raises:
+        UsageError: for an unknown criterion or option.
+    """
+    name, _, rest = text.partition(':')
+    options, flags = [], ['--distill', name]
+    for item in filter(None, rest.split(',')):
+        key, sep, value = item.partition('=')
+        if not sep:
+            raise UsageError(f"--criteria {text}: expected name=value after the colon, got '{item}'")
+        if key == 'standardize':
+            flags += ['--standardize' if value.lower() in ('1', 'true', 'yes') else '--no-standardize']
+        elif key in _OF_CRITERION:
+            flags += [flag_of(key), value]
+        else:
+            options.append(item)
+    if options:
+        flags += ['--distill-kwargs', *options]
+    config = parse_args(flags)
+    choose_criterion(config.distill, config.standardize, config.distill_kwargs)
+    return Variant(text, tuple(flags))
+
+
+def compare(
+    criteria: Sequence[str],
+    seeds: Sequence[int],
+    flags: Sequence[str],
+    output: str | Path,
+    *,
+    launcher: str = '',
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run a pair under several criteria and seeds, each as `python -m train_distill`, and write tables of the results.
+
+    A teacher that has to be fitted is fitted once, with the first seed, and shared. Runs that are complete are not
+    repeated, so that an interrupted comparison goes on with the same call, and a criterion or a seed can be added.
+
+    Args:
+        criteria: names, or with options (:func:`parse_variant`).
+        seeds: of the students' weights, order and augmentation.
+        flags: of `train_distill.py`, for all runs alike.
+        output: folder of the runs, `compare.md`, `compare.csv` and `compare.json`.
+        launcher: a command in place of `python`, e.g. `accelerate launch --num_processes 2`.
+        say: prints a line.
+
+    Returns:
+        What compare.json holds.
+
+    Raises:
+        UsageError: settings that contradict each other.
+        UserError: a run that failed, or a folder that holds another comparison.
+    """
+    output = Path(output).expanduser()
+    flags = list(flags)
+    config = _check(criteria, seeds, flags)
+    variants = [parse_variant(c) for c in criteria]
+    _claim(output, config)
+    launch = [*(shlex.split(launcher) or [sys.executable]), '-m', 'train_distill']
+    fits_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
+    jobs = [(v, s, output / f'{_slug(v.label)}-seed{s}') for s in seeds for v in variants]
+    say(f'{len(jobs)} runs in {output}' + (', and a teacher for all' if fits_teacher else ''))
+    common = flags
+    if fits_teacher:
+        folder = output / 'teacher'
+        _run([*launch, *flags, '--epochs', '0', '--seed', str(seeds[0])], folder, 'the teacher', say)
+        common = [*flags, '--teacher', f'local-dir:{folder / "teacher"}', '--teacher-epochs', '0',
+                  '--teacher-pretrained']  # fmt: skip
+    rows = []
+    for n, (variant, seed, folder) in enumerate(jobs, 1):
+        command = [*launch, *common, *variant.flags, '--seed', str(seed)]
+        results = _run(command, folder, f'[{n}/{len(jobs)}] {variant.label} seed {seed}', say)
+        rows.append({
+            'criterion': variant.label, 'seed': seed, 'top1': results['student_top1'],
+            'top1_best': results['student_top1_best'], 'teacher_top1': results['teacher_top1'],
+            'agreement': results['agreement'], 'images_per_second': results['train_images_per_second'],
+            'run': folder.name,
+        })  # fmt: skip
+    found = {
+        'teacher': config.teacher, 'student': config.student, 'epochs': resolve(config).epochs,
+        'flags': shlex.join(flags), 'seeds': list(seeds), 'versions': results['versions'], 'runs': rows,
+        'criteria': summarize(rows),
+    }  # fmt: skip
+    (output / 'compare.json').write_text(json.dumps(found, indent=2, ensure_ascii=False), encoding='utf-8')
+    with (output / 'compare.csv').open('w', newline='', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (output / 'compare.md').write_text(markdown(found), encoding='utf-8')
+    return found
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each criterion: last and best top-1 (mean, and deviation over seeds), gain over `none`, and how much better
+    RLD is on the same seed: the mean difference with its 95% confidence interval (Student's t). With one seed there is
+    no deviation and no interval: they are None.
+
+    Args:
+        rows: a dict a run, with `criterion`, `seed`, `top1`, `top1_best`, `agreement`, `images_per_second`.
+    """
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row['criterion'], {})[row['seed']] = row
+    none = next((runs for name, runs in by_name.items() if name == 'none'), None)
+    rld = next((runs for name, runs in by_name.items() if name.partition(':')[0] == 'rld'), None)
+    found = []
+    for name, runs in by_name.items():
+        entry: dict[str, Any] = {'criterion': name, 'seeds': len(runs)}
+        for key in ('top1', 'top1_best'):
+            entry[key], entry[f'{key}_std'] = _mean_std([r[key] for r in runs.values()])
+        entry['gain_over_none'] = _difference(runs, none)[0] if none is not None and name != 'none' else None
+        entry['rld_minus_this'], entry['interval'] = _difference(rld, runs) if rld not in (None, runs) else (None, None)
+        for key in ('agreement', 'images_per_second'):
+            values = [r[key] for r in runs.values() if r[key] is not None]
+            entry[key] = statistics.fmean(values) if values else None
+        found.append(entry)
+    return found
+
+
+def _difference(a: dict[int, dict], b: dict[int, dict]) -> tuple[float, float | None]:
+    """Mean of a - b over their common seeds, and half the width of its 95% interval."""
+    mean, std = _mean_std([a[s]['top1'] - b[s]['top1'] for s in a if s in b])
+    n = len(set(a) & set(b))
+    return mean, None if std is None else (_T[n - 2] if n - 2 < len(_T) else 1.96) * std / math.sqrt(n)
+
+
+def _mean_std(values: list[float]) -> tuple[float, float | None]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The tables of a comparison as Markdown."""
+    seeds = found['seeds']
+    teachers = {r['teacher_top1'] for r in found['runs'] if r['teacher_top1'] is not None}
+    teacher = f' (top-1 {teachers.pop():.2f})' if len(teachers) == 1 else ''
+    shown = ' '.join(map(str, seeds))
+    lines = [
+        f'{found["teacher"]}{teacher} → {found["student"]}, {found["epochs"]} epochs, seeds {shown}.',
+        '',
+        '| criterion | top-1, last epoch | best epoch | gain over none | RLD minus this (95%) | agreement | images/s |',
+        '| --- | --- | --- | --- | --- | --- | --- |',
+    ]
+    for e in found['criteria']:
+        last, best = (
+            f'{e[k]:.2f}' + ('' if e[f'{k}_std'] is None else f' ± {e[f"{k}_std"]:.2f}') for k in ('top1', 'top1_best')
+        )
+        gain = '' if e['gain_over_none'] is None else f'{e["gain_over_none"]:+.2f}'
+        against = '' if e['rld_minus_this'] is None else f'{e["rld_minus_this"]:+.2f}'
+        if against and e['interval'] is not None:
+            against += f' ± {e["interval"]:.2f}'
+        agreement = '' if e['agreement'] is None else f'{e["agreement"]:.1f}'
+        lines.append(
+            f'| {e["criterion"]} | {last} | {best} | {gain} | {against} | {agreement} | {e["images_per_second"]:.0f} |'
+        )
+    if len(seeds) == 1:
+        lines += ['', 'One seed: no deviation and no interval can be given; a difference may be chance.']
+    else:
+        lines += ['', f'± is the standard deviation over {len(seeds)} seeds; of differences, half the 95% interval '
+                  '(paired by seed).']  # fmt: skip
+    return '\n'.join([*lines, '`best epoch` is chosen on the validation split itself.', ''])
+
+
+def _check(criteria: Sequence[str], seeds: Sequence[int], flags: list[str]) -> Config:
+    """The settings that all runs share."""
+    for what, values in (('--criteria', criteria), ('--seeds', seeds)):
+        if not values:
+            raise UsageError(f'{what}: name at least one')
+        if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+            raise UsageError(f'{what}: {twice[0]} is there twice')
+    config = parse_args(flags)
+    for name in _OWN:
+        if getattr(config, name) != FIELDS[name].default and flag_of(name) in {f.partition('=')[0] for f in flags}:
+            raise UsageError(
+                f'{flag_of(name)}: is chosen for each run; see --criteria, --seeds and --output of compare'
+            )
+    if config.student is None or config.teacher is None:
+        raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
+    resolve(config)
+    return config
+
+
+def _claim(output: Path, config: Config) -> None:
+    """Keep the settings in the folder, so that runs under others are never put into one table."""
+    file = output / 'settings.yaml'
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            if any(output.iterdir()):
+                raise UserError(f'--output {output}: is not empty; name another folder')
+            file.write_text(to_yaml(config), encoding='utf-8')
+    except OSError as e:
+        raise UserError(f'--output {output}: cannot be written ({e.strerror})') from e
+    there = load_yaml(str(file))
+    for name, value in dataclasses.asdict(config).items():
+        if there.get(name) != value:
+            raise UserError(
+                f'--output {output}: holds a comparison with {flag_of(name)} {there.get(name)}, not {value}; '
+                'name another folder'
+            )
+
+
+def _run(command: list[str], folder: Path, title: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run one training to its end, or read the results of one that is complete."""
+    done = folder / 'results.json'
+    if done.exists():
+        say(f'{title}: already there')
+        return json.loads(done.read_text(encoding='utf-8'))
+    if folder.exists():  # an interrupted run
+        shutil.rmtree(folder)
+    log = folder.with_suffix('.log')
+    started = time.perf_counter()
+    command = [*command, '--output', str(folder.parent), '--experiment', folder.name]
+    with log.open('w', encoding='utf-8') as f:
+        code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ).returncode
+    if code or not done.exists():
+        tail = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:]
+        raise UserError(f'{title} failed with code {code}: {"".join(tail)}\nits output is in {log}')
+    results = json.loads(done.read_text(encoding='utf-8'))
+    top1 = results.get('student_top1', results['teacher_top1'])
+    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+    say(f'{title}: top-1 {top1:.2f} ({minutes}:{seconds:02})')
+    return results
+
+
+def _slug(label: str) -> str:
+    return ''.join(c if c.isalnum() or c in '._-' else '_' for c in label)
