@@ -8,6 +8,7 @@ Read it top to bottom: config → data → pair → teacher → loss, task, fit 
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from typing import Any
@@ -22,6 +23,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     from accelerate.utils import set_seed
 
     from timm_rld import data, engine, pairing, runs
+    from timm_rld.checkpoint import Checkpoints
     from timm_rld.hub import export_model
     from timm_rld.loss import choose_criterion
     from timm_rld.task import DistillationTask
@@ -35,6 +37,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         distill_warmup_epochs=row.warmup_epochs,
     )  # fmt: skip
     say = accelerator.print
+    runs.check_unfinished(config)
 
     # ---- data
     if uses_sample(config):
@@ -68,20 +71,19 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     config.img_size, config.mixed_precision = pair.img_size, accelerator.mixed_precision
 
-    def judge_teacher() -> tuple[float, Any]:
-        metrics, predictions = engine.evaluate(teacher.to(accelerator.device), val_loader, accelerator)
-        found = f'teacher {config.teacher}: top-1 {metrics["top1"]:.2f} on {config.val_split}'
-        say('\n  '.join([found, *pairing.audit(pair)]))
-        pairing.check_accuracy(config.teacher, metrics['top1'], num_classes, config.min_teacher_acc)
-        return metrics['top1'], predictions
-
-    teacher_top1, reference = judge_teacher() if teacher is not None and not fit_teacher else (None, None)
-    run_folder = runs.open_run(config, accelerator)
+    judge = functools.partial(engine.judge_teacher, pair, val_loader, accelerator, config, num_classes)
+    teacher_top1, reference = judge() if teacher is not None and not fit_teacher else (None, None)
+    run_folder = runs.open_run(config, accelerator, runs.gather_facts(accelerator, train_split, val_split))
+    checkpoints = Checkpoints(run_folder / 'checkpoints', config.checkpoint_hist, say)
+    checkpoints.prepare(config.resume, accelerator)
+    if config.on_bad_image == 'skip':
+        train_loader.skip_bad_images(run_folder / 'bad_images.txt')
     accelerator.init_trackers('timm_rld', config={'command': command})
 
     def fit(task: DistillationTask, settings: Config, log: str, **kwargs: Any) -> list[dict[str, float]]:
         set_seed(config.seed, device_specific=True)
-        return engine.fit(task, train_loader, val_loader, accelerator, settings, log_file=run_folder / log, **kwargs)
+        where = dict(log_file=run_folder / log, checkpoints=checkpoints)
+        return engine.fit(task, train_loader, val_loader, accelerator, settings, **where, **kwargs)
 
     def finish(results: dict[str, Any], line: str) -> dict[str, Any]:
         if accelerator.is_main_process:
@@ -91,7 +93,10 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         return {**results, 'run': str(run_folder)}
 
     # ---- teacher
-    if fit_teacher:
+    fitted = run_folder / 'teacher' / 'model.safetensors'
+    if fit_teacher and fitted.exists():  # by the run that goes on
+        teacher.model.load_state_dict(pairing.load_weights(str(fitted), '--resume'))
+    elif fit_teacher:
         model = teacher.model.requires_grad_(True)
         task = DistillationTask(model, None, None, smoothing=config.smoothing, view=teacher.view)
         fit(task, config.of_teacher(), 'teacher.csv', title='teacher')
@@ -99,8 +104,9 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             model.load_state_dict(task.trainable_module_ema.module.state_dict())
         teacher.requires_grad_(False).eval()
         if accelerator.is_main_process:
-            export_model(model, run_folder / 'teacher', data_config=pair.teacher_data_config, label_names=class_names)
-        teacher_top1, reference = judge_teacher()
+            export_model(model, fitted.parent, data_config=pair.teacher_data_config, label_names=class_names)
+    if fit_teacher:
+        teacher_top1, reference = judge()
 
     results = dict(
         config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=dict(row.options),
@@ -115,24 +121,18 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         warmup_epochs=config.distill_warmup_epochs, **config.pick('task_loss_weight', 'distill_loss_weight'),
     )  # fmt: skip
     if criterion is not None and task.warmup_epochs > config.epochs:
-        say(f'note: distillation ramps up over {task.warmup_epochs} epochs (--distill-warmup-epochs), '
-            f'the run has {config.epochs}')  # fmt: skip
+        say(f'note: distillation ramps up over {task.warmup_epochs} epochs, more than the run has')
     history = fit(task, config, 'summary.csv', reference=reference)
 
     # ---- export
-    last, best = history[-1], max(history, key=lambda r: r['eval_top1'])
-    results.update(
-        student_top1=last['eval_top1'], student_top1_best=best['eval_top1'], best_epoch=best['epoch'],
-        student_top1_ema=last.get('eval_top1_ema'), agreement=last.get('eval_agreement'),
-        train_images_per_second=len(history) / sum(1 / r['images_per_second'] for r in history),
-    )  # fmt: skip
     if accelerator.is_main_process:
         kwargs = dict(data_config=pair.data_config, label_names=class_names)
         export_model(student, run_folder / 'student', **kwargs)
         if task.has_ema():
             export_model(task.trainable_module_ema.module, run_folder / 'student_ema', **kwargs)
     taught = f'teacher top-1 {teacher_top1:.2f}, ' if teacher is not None else ''
-    return finish(results, f'{taught}student top-1 {last["eval_top1"]:.2f}')
+    results.update(runs.outcome(history))
+    return finish(results, f'{taught}student top-1 {results["student_top1"]:.2f}')
 
 
 def main(argv: list[str] | None = None) -> int:

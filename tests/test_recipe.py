@@ -32,7 +32,8 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path, folder, capsys):
     assert main(tiny) == 0
     run = tmp_path / 'run'
     assert sorted(p.name for p in run.iterdir()) == [
-        'args.yaml', 'results.json', 'student', 'summary.csv', 'teacher', 'teacher.csv',
+        '.lock', 'args.yaml', 'checkpoints', 'facts.json', 'results.json', 'student', 'summary.csv', 'teacher',
+        'teacher.csv',
     ]  # fmt: skip
     results = json.loads((run / 'results.json').read_text())
     assert {'teacher', 'student', 'distill', 'distill_options', 'num_classes', 'epochs', 'teacher_top1', 'student_top1',
@@ -259,7 +260,7 @@ def test_a_broken_image_stops_the_run_by_name_with_workers_too(tiny, tmp_path, f
 
 def test_a_diverging_run_stops_with_a_hint(tiny, capsys):
     assert main([*tiny, '--lr', '1e12', '--teacher-epochs', '3']) == 1
-    assert 'the training loss is' in (err := capsys.readouterr().err) and 'try a lower --lr' in err
+    assert 'the loss is ' in (err := capsys.readouterr().err) and 'try a lower --lr' in err
 
 
 def test_a_teacher_that_is_refused_leaves_no_run_folder(tiny, tmp_path, trained_teacher, capsys):

@@ -50,7 +50,7 @@ def setting(
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
-MODELS, DISTILL, DATA, AUG, OPTIM, SCHED, RUN, OUT = (
+MODELS, DISTILL, DATA, AUG, OPTIM, SCHED, RUN, CKPT, OUT = (
     'teacher and student',
     'distillation',
     'data',
@@ -58,6 +58,7 @@ MODELS, DISTILL, DATA, AUG, OPTIM, SCHED, RUN, OUT = (
     'optimizer',
     'learning rate',
     'devices and speed',
+    'checkpoints and faults',
     'output',
 )
 Floats = tuple[float, ...]
@@ -228,10 +229,27 @@ class Config:
         None, RUN, 'default: what `accelerate launch` says, else no', choices=('no', 'fp16', 'bf16')
     )
     channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes on GPUs with mixed precision)')
+    sync_bn: bool = setting(False, RUN, 'batch norm over all processes (GPUs)', flag=True)
     torchcompile: bool = setting(False, RUN, 'compile student and teacher', flag=True)
     cpu_threads: int | None = setting(
         None, RUN, 'threads of a process on the CPU (default: cores / local processes)', gt=0
     )
+
+    # checkpoints and faults
+    resume: str | None = setting(
+        None, CKPT, "go on with a run: 'auto' (that of --output/--experiment), a run folder, or one of its checkpoints"
+    )
+    checkpoint_interval: str = setting(
+        'epoch', CKPT, "write a checkpoint each 'epoch', or every N optimizer steps; and every 15 minutes anyway"
+    )
+    checkpoint_hist: int = setting(2, CKPT, 'how many of the newest checkpoints to keep, beside the best', gt=0)
+    skip_nonfinite: int = setting(
+        0, CKPT, 'leave out up to N steps in a row whose loss or gradient is not finite; 0: stop at the first', ge=0
+    )
+    on_bad_image: str = setting(
+        'error', CKPT, 'a training image that cannot be read: stop, or put another in its place and list it',
+        choices=('error', 'skip'),
+    )  # fmt: skip
 
     # output
     output: str | None = setting(None, OUT, 'parent of the run folder (default: ./output)')
@@ -323,6 +341,10 @@ def _check_value(name: str, value: Any) -> Any:
             return None
         raise ValueError('a value is needed')
     meta = FIELDS[name].metadata
+    if name == 'checkpoint_interval':
+        value = str(value)  # YAML reads a number
+        if value != 'epoch' and not (value.isdecimal() and int(value) > 0):
+            raise ValueError(f"expected 'epoch' or a number of optimizer steps, got '{value}'")
     if value is False and 'no' in meta['choices']:
         value = 'no'  # as YAML reads it without quotes
     value = _convert(value, want)
@@ -413,6 +435,11 @@ def load_yaml(path: str) -> dict[str, Any]:
         except ValueError as e:
             raise UsageError(f'--config {path}: {key}: {e}') from None
     return values
+
+
+def load_yaml_text(text: str) -> dict[str, Any]:
+    """Settings from :func:`to_yaml`'s text, converted as :func:`load_yaml` does."""
+    return {key: _check_value(key, value) for key, value in yaml.load(text, Loader=_Loader).items()}
 
 
 def to_yaml(config: Config) -> str:
@@ -511,7 +538,25 @@ def parse_args(
             values[name] = _check_value(name, value)
         except ValueError as e:
             raise UsageError(f'{flag_of(name)}: {e}') from None
+    if (resume := values.get('resume', from_file.get('resume'))) not in (None, 'auto'):
+        if from_file:
+            raise UsageError(f'--resume {resume}: a run goes on with its own settings; leave --config out')
+        run = run_of(resume)
+        from_file = {**load_yaml(str(run / 'args.yaml')), 'output': str(run.parent), 'experiment': run.name}
     return Config(**{**_still_meant(from_file, values), **values})
+
+
+def run_of(path: str) -> Path:
+    """The run folder that `--resume PATH` means: PATH itself, or that of the checkpoint PATH.
+
+    Raises:
+        UsageError: where it is neither.
+    """
+    folder = Path(os.path.abspath(os.path.expanduser(path)))
+    run = folder.parent.parent if (folder / 'checkpoint.json').exists() else folder
+    if not (run / 'args.yaml').is_file():
+        raise UsageError(f'--resume {path}: expected auto, a run folder (with args.yaml), or a checkpoint in one')
+    return run
 
 
 def _still_meant(from_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -573,6 +618,8 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
             if getattr(c, name) is None:
                 setattr(c, name, value)
 
+    if c.resume is not None and c.experiment is None:
+        raise UsageError(f'--resume {c.resume}: which run? Give its --experiment (and --output), or --resume FOLDER')
     if uses_sample(c):
         for name in ('train_split', 'val_split', 'class_map', 'input_key', 'target_key'):
             if getattr(c, name) not in (None, SAMPLE_DEFAULTS.get(name)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -20,10 +23,13 @@ from timm.task import ClassificationEvaluator
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoints, Position, Training
 from .config import Config, cores, warmup_epochs
 from .data import Loader, Mixing
-from .errors import UsageError, UserError, did_you_mean
-from .runs import Means, Progress, append_row
+from .errors import Stopped, UsageError, UserError, did_you_mean
+from .guard import NonFiniteGuard, StopSignals, highest
+from .pairing import Pair, audit, check_accuracy
+from .runs import Progress, best_epoch, write_rows
 from .task import DistillationTask
 
 # ------------------------------------------------------------------------------------------------------------- devices
@@ -52,6 +58,8 @@ def create_accelerator(config: Config) -> Accelerator:
         raise UserError(f'--mixed-precision {config.mixed_precision}: {str(e).splitlines()[0]}') from e
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise UserError('--mixed-precision fp16: has no effect on a CPU; take bf16, or no')
+    if config.sync_bn and accelerator.device.type != 'cuda':
+        raise UserError('--sync-bn: needs GPUs; without it the statistics are averaged after each epoch')
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     if world_size != accelerator.num_processes:
         raise UserError(
@@ -82,6 +90,28 @@ def _check_trackers(names: Iterable[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------ evaluate
 
 
+def judge_teacher(
+    pair: Pair, loader: Loader, accelerator: Accelerator, config: Config, num_classes: int
+) -> tuple[float, Tensor]:
+    """Evaluate a teacher, say what was found and where it differs from the student, and stop where it is near chance.
+
+    Returns:
+        Its top-1 (percent), and this process's predicted classes.
+
+    Raises:
+        UserError: below `--min-teacher-acc`.
+    """
+    metrics, predictions = evaluate(pair.teacher.to(accelerator.device), loader, accelerator)
+    found = f'teacher {config.teacher}: top-1 {metrics["top1"]:.2f} on {config.val_split}'
+    accelerator.print('\n  '.join([found, *audit(pair)]))
+    check_accuracy(config.teacher, metrics['top1'], num_classes, config.min_teacher_acc)
+    return metrics['top1'], predictions
+
+
+class Interrupted(Exception):
+    """An evaluation that was given up."""
+
+
 @torch.inference_mode()
 def evaluate(
     predict: Callable[[Tensor], Tensor],
@@ -89,6 +119,7 @@ def evaluate(
     accelerator: Accelerator,
     reference: Tensor | None = None,
     title: str = 'teacher',
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], Tensor]:
     """Loss and accuracy over a validation split, each image counted once, whatever the number of processes.
 
@@ -98,6 +129,7 @@ def evaluate(
         loader: of the split.
         reference: predictions of another network from an earlier call with this loader.
         title: for messages.
+        interrupted: asked after each batch; once it is true on one process, the evaluation is given up on all.
 
     Returns:
         `loss` (cross-entropy), `top1`, `top5` (percent), with a reference also `agreement` (percentage of images where
@@ -105,6 +137,7 @@ def evaluate(
 
     Raises:
         UserError: where the loss is not finite.
+        Interrupted: where it was given up.
     """
     device = accelerator.device
     evaluator = ClassificationEvaluator(device)
@@ -116,6 +149,10 @@ def evaluate(
             logits = predict(pixels)
         evaluator.update(logits, target)
         predictions.append(logits.argmax(dim=1))
+        if interrupted():
+            break
+    if any(highest(accelerator, interrupted())):
+        raise Interrupted
     metrics = dict(evaluator.compute(distributed=accelerator.num_processes > 1))
     if not math.isfinite(metrics['loss']):
         raise UserError(
@@ -132,6 +169,8 @@ def evaluate(
 
 # ----------------------------------------------------------------------------------------------------------------- fit
 
+CHECKPOINT_SECONDS = 15 * 60
+
 
 def fit(
     task: DistillationTask,
@@ -141,6 +180,7 @@ def fit(
     config: Config,
     *,
     log_file: Path,
+    checkpoints: Checkpoints | None = None,
     reference: Tensor | None = None,
     title: str = 'student',
 ) -> list[dict[str, float]]:
@@ -150,20 +190,24 @@ def fit(
     accumulation group, the last incomplete one included.
 
     Args:
-        task: its ``trainable_module`` is trained in place, and is left on the device, unwrapped.
+        task: its ``trainable_module`` is trained in place, and is left on the device, unwrapped and contiguous.
         train_loader, val_loader: sharded already.
-        config: epochs, optimizer, schedule, mixing, EMA, clipping and logging settings.
+        config: epochs, optimizer, schedule, mixing, EMA, clipping, checkpoint and logging settings.
         log_file: a CSV with a row an epoch.
+        checkpoints: where to write them, and to go on from: the newest one of this phase is taken. None: neither.
         reference: the teacher's predictions on ``val_loader``, for the agreement.
-        title: for progress lines.
+        title: of the phase, `teacher` or `student`.
 
     Returns:
-        The rows of the log.
+        The rows of the log, those of earlier processes included.
 
     Raises:
-        UserError: where the loss is not finite.
+        UserError: where a loss or gradient is not finite, or a checkpoint cannot be written.
+        Stopped: after SIGTERM or SIGINT, with a checkpoint written.
     """
     device, world, epochs = accelerator.device, accelerator.num_processes, config.epochs
+    if config.sync_bn and world > 1:
+        task.trainable_module = convert_sync_batchnorm(task.trainable_module)
     module = task.trainable_module
     task.to(device)
     channels_last = config.channels_last
@@ -184,82 +228,149 @@ def fit(
         task.compile()
     task.eval_model = task.trainable_module  # what evaluate() may call: not yet in DDP
     task.trainable_module, optimizer = accelerator.prepare(task.trainable_module, optimizer)
+    each_epoch = config.checkpoint_interval == 'epoch'
+    every = sys.maxsize if each_epoch else int(config.checkpoint_interval)
     mixing = Mixing(
         mixup=config.mixup, cutmix=config.cutmix, cutmix_minmax=config.cutmix_minmax, prob=config.mixup_prob,
         switch_prob=config.mixup_switch_prob, off_epoch=config.mixup_off_epoch, seed=config.seed,
     )  # fmt: skip
-    progress = Progress(accelerator.is_main_process, title, epochs, len(train_loader), config.log_interval)
-    history: list[dict[str, float]] = []
-    updates = 0
+    training = Training(task, module, optimizer, scheduler, accelerator)
+    guard = NonFiniteGuard(accelerator, config.skip_nonfinite, title)
+    batches, history = len(train_loader), []
+    epoch, first, updates = 1, 0, 0
+    if checkpoints and (newest := checkpoints.newest(title)):
+        training.load(newest)
+        history, at = newest.history, newest.position
+        epoch, first, updates = (at.epoch + 1, 0, at.updates) if at.batch is None else (at.epoch, at.batch, at.updates)
+        accelerator.print(f'{title}: going on in epoch {epoch}, batch {first + 1}' if first < batches else
+                          f'{title}: going on with the evaluation of epoch {epoch}')  # fmt: skip
+    done = (epoch - 1) * batches + first
+    progress = Progress(accelerator.is_main_process, title, epochs, batches, config.log_interval, done)
+    saved_at = time.monotonic()
 
-    def assess(model: nn.Module) -> dict[str, float]:
-        return evaluate(lambda pixels: model(task.view(pixels)), val_loader, accelerator, reference, title)[0]
+    def save(batch: int | None) -> None:
+        nonlocal saved_at
+        training.save(checkpoints, Position(title, epoch, batch, updates), history)
+        saved_at = time.monotonic()
 
-    for epoch in range(1, epochs + 1):
-        task.train()
-        task.set_epoch(epoch)
-        train_loader.set_epoch(epoch)
-        means = Means(device)
-        lr = optimizer.param_groups[0]['lr']
-        started = time.perf_counter()
-        for batch, (pixels, target, _) in enumerate(train_loader):
-            step = train_loader.step(batch)
-            pixels = pixels.to(device, non_blocking=True, memory_format=memory_format)
-            pixels, target = mixing(pixels, target.to(device, non_blocking=True), epoch, batch)
-            with contextlib.nullcontext() if step.last else accelerator.no_sync(task.trainable_module):
-                with accelerator.autocast():
-                    result = task(pixels, target)
-                # DDP averages over processes: times their number, it is a sum
-                accelerator.backward(result['loss'] * (step.count * world / step.group))
-            means.add(result, step.count)
-            if step.last:
+    def stopped(number: int) -> Stopped:
+        message = f'stopped by {signal.Signals(number).name} in epoch {epoch} of the {title}'
+        if checkpoints is not None:
+            message += f'; --resume {checkpoints.folder.parent} goes on'
+            if not train_loader.can_start_within:
+                message += ' from the end of the epoch before, as a stream starts at its start'
+        return Stopped(message, 128 + number)
+
+    def assess(model: nn.Module, stop: Callable[[], bool]) -> dict[str, float]:
+        return evaluate(lambda x: model(task.view(x)), val_loader, accelerator, reference, title, stop)[0]
+
+    with StopSignals() as signals:
+        while epoch <= epochs:
+            task.train()
+            task.set_epoch(epoch)
+            if not first:
+                training.start_epoch()
+            means, stop = training.means, 0
+            progress.start_epoch(means.count)
+            started = time.perf_counter()
+            resumed_after = first == batches
+            if not resumed_after:
+                train_loader.set_epoch(epoch, first)
+            figures, losses, samples = [], [], []  # of the accumulation group
+            for batch, (pixels, target, indices) in enumerate(() if resumed_after else train_loader, first):
+                step = train_loader.step(batch)
+                pixels = pixels.to(device, non_blocking=True, memory_format=memory_format)
+                pixels, target = mixing(pixels, target.to(device, non_blocking=True), epoch, batch)
+                with contextlib.nullcontext() if step.last else accelerator.no_sync(task.trainable_module):
+                    with accelerator.autocast():
+                        result = task(pixels, target)
+                    # DDP averages over processes: times their number, it is a sum
+                    accelerator.backward(result['loss'] * (step.count * world / step.group))
+                figures.append(({k: v.detach() for k, v in result.items() if v.ndim == 0}, step.count))
+                losses.append(result['loss'].detach())
+                samples.append(indices)
+                if not step.last:
+                    continue
+
                 for p in learned if world > 1 else []:
                     p.grad = accelerator.reduce(p.grad, 'mean')
                 if config.clip_grad is not None:
                     accelerator.unscale_gradients(optimizer)
-                    dispatch_clip_grad(
-                        task.get_clip_parameters(config.clip_mode == 'agc'), config.clip_grad, config.clip_mode
-                    )
-                optimizer.step()
-                optimizer.zero_grad()
+                overdue = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+                bad, stop, overdue = highest(accelerator, guard.is_bad(losses, module), signals.received, overdue)
                 updates += 1
-                task.update_ema(step=updates)
+                if bad:
+                    guard.leave_out(epoch, batch, losses, samples)
+                else:
+                    guard.taken()
+                    if config.clip_grad is not None:
+                        clipped = task.get_clip_parameters(config.clip_mode == 'agc')
+                        dispatch_clip_grad(clipped, config.clip_grad, config.clip_mode)
+                    optimizer.step()
+                    task.update_ema(step=updates)
+                    for values, count in figures:
+                        means.add(values, count)
+                optimizer.zero_grad()
                 scheduler.step_update(updates)
-            if progress.due(batch):
-                progress.show(epoch, batch, means.local(), optimizer.param_groups[0]['lr'], means.count * world)
-        train = means.over_processes(accelerator)
-        seconds = time.perf_counter() - started
-        images = train.pop('count')
-        if not math.isfinite(train['loss']):
-            raise UserError(f'the training loss is {train["loss"]} in epoch {epoch} of the {title}; try a lower --lr')
-        task.eval()
-        if world > 1:  # each process has batch statistics of its own: all go on with their mean
-            for network in filter(None, (module, task.get_trainable_module(ema=True))):
-                distribute_bn(network, world, reduce=True)
-        metrics = assess(task.get_eval_model())
-        row = {
-            'epoch': epoch,
-            'train_loss': train.pop('loss'),
-            'train_task_loss': train.pop('task_loss'),
-            'train_kd_loss': train.pop('kd_loss', math.nan),
-            **{f'eval_{k}': metrics[k] for k in ('loss', 'top1', 'top5')},
-            'lr': lr,
-            'images_per_second': images / seconds,
-        }
-        if 'agreement' in metrics:
-            row['eval_agreement'] = metrics['agreement']
-        if task.has_ema():
-            row.update({f'eval_{k}_ema': v for k, v in assess(task.get_eval_model(ema=True)).items()})
-        row.update({f'train_{k}': v for k, v in train.items()})
-        history.append(row)
-        scheduler.step(epoch, metrics['top1'])
-        progress.end_epoch(row)
-        accelerator.log({f'{title}/{k}': v for k, v in row.items()}, step=epoch)
-        if accelerator.is_main_process:
-            append_row(log_file, row)
+                figures, losses, samples = [], [], []
+                if progress.due(batch) and means.count:
+                    progress.show(epoch, batch, means.local(), optimizer.param_groups[0]['lr'], means.count * world)
+                if batch + 1 < batches:  # at the end of the epoch there is more to be done before a checkpoint
+                    if checkpoints and train_loader.can_start_within and (stop or overdue or updates % every == 0):
+                        training.seconds += time.perf_counter() - started
+                        started = time.perf_counter()
+                        save(batch + 1)
+                    if stop:
+                        raise stopped(stop)
+
+            training.seconds += time.perf_counter() - started
+            task.eval()
+            if world > 1 and not resumed_after:  # each process has batch statistics of its own: all take their mean
+                for network in filter(None, (module, task.get_trainable_module(ema=True))):
+                    distribute_bn(network, world, reduce=True)
+            train = means.over_processes(accelerator)
+            images = train.pop('count')
+            try:
+                metrics = assess(task.get_eval_model(), lambda: bool(signals.received))
+                if task.has_ema():
+                    averaged = assess(task.get_eval_model(ema=True), lambda: bool(signals.received))
+            except Interrupted:
+                (stop,) = highest(accelerator, signals.received)
+                if checkpoints and train_loader.can_start_within:
+                    save(batches)
+                raise stopped(stop) from None
+            row = {
+                'epoch': epoch,
+                'train_loss': train.pop('loss', math.nan),
+                'train_task_loss': train.pop('task_loss', math.nan),
+                'train_kd_loss': train.pop('kd_loss', math.nan),
+                **{f'eval_{k}': metrics[k] for k in ('loss', 'top1', 'top5')},
+                'lr': training.lr,
+                'images_per_second': images / training.seconds,
+            }
+            if 'agreement' in metrics:
+                row['eval_agreement'] = metrics['agreement']
+            if task.has_ema():
+                row.update({f'eval_{k}_ema': v for k, v in averaged.items()})
+            row.update({f'train_{k}': v for k, v in train.items()})
+            if config.skip_nonfinite:
+                row['skipped_steps'] = guard.skipped
+            history.append(row)
+            scheduler.step(epoch, metrics['top1'])
+            progress.end_epoch(row)
+            accelerator.log({f'{title}/{k}': v for k, v in row.items()}, step=epoch)
+            if accelerator.is_main_process:
+                write_rows(log_file, history)
+            (stop,) = highest(accelerator, signals.received)
+            if checkpoints and (each_epoch or stop or epoch == epochs or best_epoch(history) == epoch):
+                save(None)
+            if stop and epoch < epochs:
+                raise stopped(stop)
+            epoch, first = epoch + 1, 0
     task.trainable_module = accelerator.unwrap_model(
         task.trainable_module, keep_fp32_wrapper=False, keep_torch_compile=False
     )
+    task.to(memory_format=torch.contiguous_format)
     accelerator.free_memory()
     return history
 
@@ -337,3 +448,8 @@ class _NoScheduler:
     def step(self, *args: Any) -> None: ...
 
     def step_update(self, *args: Any) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

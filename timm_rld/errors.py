@@ -25,6 +25,19 @@ class SampleError(UserError):
     """An image or label that cannot be read. Raised in a worker, for one process only."""
 
 
+class Stopped(Exception):
+    """A run that ends before its end, though nothing went wrong: it was told to stop, or had finished before.
+
+    Args:
+        message: how to go on.
+        exit_code: 128 and the signal's number, or 0.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return ``" (did you mean 'a', 'b'?)"`` for the names nearest to ``name``, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.6)
@@ -46,6 +59,10 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
     except KeyboardInterrupt:
         print(f'{name}: interrupted', file=sys.stderr)
         return 130
+    except Stopped as e:
+        if not rank:
+            print(f'{name}: {e}', file=sys.stderr)
+        return e.exit_code
     except Exception as e:
         if debug:
             traceback.print_exc()
@@ -60,6 +77,8 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
             text = str(e).strip()
             if rank and any(backend in text for backend in ('gloo', 'NCCL')):
                 return code  # another process ended, and has said why
+            if 'DataLoader worker' in text and 'killed' in text:
+                text += ' A loader worker was killed, perhaps for want of memory: fewer --workers may help'
             if 'Traceback' in text:  # a worker's, around its message
                 text = text.splitlines()[-1]
             message = f'{type(e).__name__}: {text} (--debug shows where)'

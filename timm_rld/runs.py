@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -20,8 +22,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import Config, to_yaml
-from .errors import UserError
+from .config import Config, flag_of, load_yaml, load_yaml_text, to_yaml, warmup_epochs
+from .errors import Stopped, UserError
 
 T = TypeVar('T')
 
@@ -34,11 +36,11 @@ def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
             result = function()
         except UserError as e:
             problem = e
-    _raise_on_all(problem)
+    raise_on_all(problem)
     return result if accelerator.is_main_process else function()
 
 
-def _raise_on_all(problem: UserError | None) -> None:
+def raise_on_all(problem: UserError | None) -> None:
     """Raise on every process what is wrong on the main one; the others' argument does not matter."""
     said = [(type(problem), str(problem)) if problem is not None else None]
     broadcast_object_list(said)
@@ -47,12 +49,24 @@ def _raise_on_all(problem: UserError | None) -> None:
         raise kind(message)
 
 
-def open_run(config: Config, accelerator: Accelerator) -> Path:
+# settings that may change when a run goes on: they do not change its result
+_HARMLESS = {
+    'workers', 'log_interval', 'report_to', 'debug', 'output', 'experiment', 'resume', 'checkpoint_interval',
+    'checkpoint_hist', 'skip_nonfinite', 'on_bad_image', 'min_teacher_acc', 'dataset_download',
+}  # fmt: skip
+_LOCKS: dict[Path, Any] = {}  # open for as long as the process lives
+
+
+def open_run(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> Path:
     """Make the run folder: `OUTPUT/EXPERIMENT`, by default `output/<time>-<student>-<distill>`, the same on all ranks,
-    and write args.yaml into it.
+    and write args.yaml and facts.json into it; or with `--resume` go on in the one that is there.
+
+    Args:
+        facts: what else the result depends on: data, processes, threads.
 
     Raises:
-        UserError: where it holds files already, or cannot be written.
+        UserError: where it holds files already, cannot be written, is in use by another run, or where the run that is
+            to go on has other settings or facts.
     """
     from timm.models import safe_model_name
 
@@ -60,30 +74,141 @@ def open_run(config: Config, accelerator: Accelerator) -> Path:
         [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(config.student), config.distill]
     )
     (name,) = broadcast_object_list([name])  # another rank may be a second later
-    run = Path(config.output or 'output').expanduser() / name
+    folder = Path(config.output or 'output').expanduser() / name
     problem = None
     if accelerator.is_main_process:
         try:
-            run.mkdir(parents=True, exist_ok=True)
-            if any(run.iterdir()):
-                problem = UserError(f'--output/--experiment: {run} is not empty; name another --experiment')
-            else:
-                (run / 'args.yaml').write_text(to_yaml(config), encoding='utf-8')
+            folder.mkdir(parents=True, exist_ok=True)
+            there = [p for p in folder.iterdir() if p.name != '.lock']
+            is_run = (folder / 'args.yaml').exists()
+            if is_run or not there:  # else it is not ours to lock
+                _lock(folder)
+            if there and not (config.resume and is_run):
+                way_out = '--resume auto goes on with it, or ' if is_run else ''
+                raise UserError(f'--output/--experiment: {folder} is not empty; {way_out}name another --experiment')
+            if any((folder / part).exists() for part in ('checkpoints', 'teacher')):
+                _check_same(folder, config, facts)
+            elif config.resume:
+                accelerator.print(f'--resume {config.resume}: nothing to go on from in {folder}, a fresh run')
+            (folder / 'facts.json').write_text(json.dumps(facts, indent=1), encoding='utf-8')
+            (folder / 'args.yaml').write_text(to_yaml(dataclasses.replace(config, resume=None)), encoding='utf-8')
         except OSError as e:
-            problem = UserError(f'--output: {run} cannot be written ({e.strerror})')
-    _raise_on_all(problem)
-    accelerator.project_configuration.set_directories(str(run))
-    accelerator.project_configuration.logging_dir = str(run)
-    return run
+            problem = UserError(f'--output: {folder} cannot be written ({e.strerror})')
+        except UserError as e:
+            problem = e
+    raise_on_all(problem)
+    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.project_configuration.logging_dir = str(folder)
+    return folder
+
+
+def check_unfinished(config: Config) -> None:
+    """Raise Stopped, with exit code 0, where the run that `--resume` names has nothing left to do."""
+    if config.resume is None:
+        return
+    folder = Path(config.output or 'output').expanduser() / config.experiment
+    try:
+        results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return
+    if results.get('epochs') == config.epochs:
+        raise Stopped(f'{folder} has finished, there is nothing to go on with', 0)
+
+
+def _lock(folder: Path) -> None:
+    """Hold the folder for this process; the kernel frees it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        return
+    file = (folder / '.lock').open('a+', encoding='utf-8')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        file.seek(0)
+        raise UserError(f'{folder}: in use by {file.read().strip() or "another process"}') from e
+    file.seek(0)
+    file.truncate()
+    file.write(f'process {os.getpid()} on {platform.node()}\n')
+    file.flush()
+    _LOCKS[folder.resolve()] = file
+
+
+def _check_same(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Refuse to go on where the result would not be that of the run that began."""
+    there = {**load_yaml_text(to_yaml(Config())), **load_yaml(str(folder / 'args.yaml'))}
+    ours = load_yaml_text(to_yaml(config))
+    changed = []
+    for name, value in ours.items():
+        if name in _HARMLESS or there.get(name) == value:
+            continue
+        if name == 'epochs' and value > there['epochs'] and _may_be_longer(config, there):
+            continue
+        why = ' (more epochs would change this schedule)' if name == 'epochs' else ''
+        changed.append(f'{flag_of(name)} {there.get(name)}, not {value}{why}')
+    if changed:
+        raise UserError(
+            f'--resume: {folder} was begun with {"; ".join(changed[:4])}. '
+            'Leave it as it was, or start anew under another --experiment'
+        )
+    try:
+        begun = json.loads((folder / 'facts.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        begun = {}
+    for name, value in facts.items():
+        if name in begun and begun[name] != value:
+            raise UserError(f'--resume: {folder} was begun with {name} {begun[name]}, now {value}: another result')
+
+
+def _may_be_longer(config: Config, there: dict[str, Any]) -> bool:
+    """Whether the rate of an epoch does not depend on how many there are."""
+    before = dataclasses.replace(config, epochs=there['epochs'])
+    steady = config.sched in ('multistep', 'step', 'constant', 'none') and not config.cooldown_epochs
+    return steady and warmup_epochs(before) == warmup_epochs(config)
+
+
+def gather_facts(accelerator: Accelerator, train: Any, val: Any) -> dict[str, Any]:
+    """What a result depends on beside the settings.
+
+    Args:
+        train, val: the splits.
+    """
+    names = train.class_names or []
+    on_cpu = accelerator.device.type == 'cpu'
+    return {
+        'processes': accelerator.num_processes,
+        'device': accelerator.device.type,
+        **({'CPU threads (--cpu-threads)': torch.get_num_threads()} if on_cpu else {}),
+        'training images': len(train),
+        'validation images': len(val),
+        'classes': train.num_classes,
+        'class names (a digest)': hashlib.sha256('\n'.join(names).encode()).hexdigest()[:12],
+    }
 
 
 def write_results(run: Path, results: dict[str, Any]) -> None:
     """Write results.json, whole or not at all, with the versions of what it rests on."""
+    bad = run / 'bad_images.txt'
+    if bad.exists():
+        results = {**results, 'bad_images': len(bad.read_text(encoding='utf-8').splitlines())}
     packages = ('timm_rld', 'timm', 'torch', 'accelerate', 'datasets')
     versions = {'python': platform.python_version(), **{p: metadata.version(p) for p in packages}}
     part = run / '.results.json.tmp'
     part.write_text(json.dumps({**results, 'versions': versions}, indent=2, ensure_ascii=False), encoding='utf-8')
     os.replace(part, run / 'results.json')
+
+
+def outcome(history: list[dict[str, float]]) -> dict[str, Any]:
+    """What results.json says of a student, from the rows of its log."""
+    last, best = history[-1], best_epoch(history)
+    return dict(
+        student_top1=last['eval_top1'],
+        student_top1_best=history[best - 1]['eval_top1'],
+        best_epoch=best,
+        student_top1_ema=last.get('eval_top1_ema'),
+        agreement=last.get('eval_agreement'),
+        train_images_per_second=len(history) / sum(1 / r['images_per_second'] for r in history),
+    )
 
 
 class Means:
@@ -99,6 +224,14 @@ class Means:
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += count
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {'sums': {k: v.cpu() for k, v in self.sums.items()}, 'count': self.count}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Undo of :meth:`state`."""
+        self.sums, self.count = {k: v.to(self.device) for k, v in state['sums'].items()}, state['count']
+
     def local(self) -> dict[str, float]:
         """This process's means. Waits for the device."""
         return {k: v / max(self.count, 1) for k, v in zip(self.sums, torch.stack(list(self.sums.values())).tolist())}
@@ -113,28 +246,31 @@ class Means:
 class Progress:
     """A bar on a terminal, plain lines elsewhere; on the main process alone."""
 
-    def __init__(self, active: bool, title: str, epochs: int, batches: int, interval: int) -> None:
+    def __init__(self, active: bool, title: str, epochs: int, batches: int, interval: int, done: int = 0) -> None:
         self.active, self.title, self.epochs, self.batches, self.interval = active, title, epochs, batches, interval
+        self.first = done  # batches that an earlier process has done
         self.started = self.epoch_started = time.perf_counter()
-        self.bar = tqdm(total=epochs * batches, desc=title, leave=False) if active and sys.stderr.isatty() else None
+        on_terminal = active and sys.stderr.isatty()
+        self.bar = tqdm(total=epochs * batches, initial=done, desc=title, leave=False) if on_terminal else None
         self.unshown = 0
 
+    def start_epoch(self, images: int) -> None:
+        self.epoch_started, self.images = time.perf_counter(), images
+
     def due(self, batch: int) -> bool:
-        if batch == 0:
-            self.epoch_started = time.perf_counter()
         self.unshown += 1
         return self.active and (batch + 1) % self.interval == 0
 
     def show(self, epoch: int, batch: int, means: dict[str, float], lr: float, images: int) -> None:
         done = (epoch - 1) * self.batches + batch + 1
         elapsed = time.perf_counter() - self.started
-        rate = images / (time.perf_counter() - self.epoch_started)
+        rate = (images - self.images) / (time.perf_counter() - self.epoch_started)
         losses = ' '.join(f'{k} {means[k]:.4f}' for k in ('loss', 'task_loss', 'kd_loss') if k in means)
         if self.bar is not None:
             self.bar.update(self.unshown)
             self.bar.set_postfix_str(f'{losses} lr {lr:.3g} {rate:.0f} img/s')
         else:
-            eta = elapsed / done * (self.epochs * self.batches - done)
+            eta = elapsed / max(done - self.first, 1) * (self.epochs * self.batches - done)
             print(
                 f'{self.title} epoch {epoch}/{self.epochs} [{batch + 1}/{self.batches}] {losses} lr {lr:.3g} '
                 f'{rate:.0f} img/s eta {_duration(eta)}',
@@ -148,7 +284,9 @@ class Progress:
         parts = f' (task {row["train_task_loss"]:.4f} kd {row["train_kd_loss"]:.4f})'
         kd = '' if math.isnan(row['train_kd_loss']) else parts
         ema = f' ema {row["eval_top1_ema"]:.2f}' if 'eval_top1_ema' in row else ''
-        eta = (time.perf_counter() - self.started) / row['epoch'] * (self.epochs - row['epoch'])
+        done = row['epoch'] * self.batches - self.first
+        left = (self.epochs - row['epoch']) * self.batches
+        eta = (time.perf_counter() - self.started) / max(done, 1) * left
         line = (
             f'{self.title} epoch {row["epoch"]:.0f}/{self.epochs}  loss {row["train_loss"]:.4f}{kd}  '
             f'top-1 {row["eval_top1"]:.2f}{ema}  lr {row["lr"]:.3g}  {row["images_per_second"]:.0f} img/s  '
@@ -170,10 +308,15 @@ def _duration(seconds: float) -> str:
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
-def append_row(path: Path, row: dict[str, float]) -> None:
-    """Add a row to a CSV, with a header if it is the first. NaN, which stands for "not there", is left empty."""
-    with path.open('a', newline='', encoding='utf-8') as f:
-        writer = csv.DictWriter(f, fieldnames=list(row))
-        if f.tell() == 0:
-            writer.writeheader()
-        writer.writerow({k: '' if isinstance(v, float) and math.isnan(v) else f'{v:.6g}' for k, v in row.items()})
+def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write a CSV. NaN, which stands for "not there", is left empty."""
+    with path.open('w', newline='', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(k for row in rows for k in row)))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: '' if isinstance(v, float) and math.isnan(v) else f'{v:.6g}' for k, v in row.items()})
+
+
+def best_epoch(history: list[dict[str, float]]) -> int:
+    """The first epoch of the highest validation top-1."""
+    return max(history, key=lambda row: row['eval_top1'])['epoch']

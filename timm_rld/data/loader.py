@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +54,9 @@ class Loader:
         self.source, self.batch_size, self.world, self.accum, self.seed = source, batch_size, world, accum, seed
         self.training = training
         self.generator = torch.Generator()
-        common = dict(num_workers=workers, pin_memory=pin_memory, generator=self.generator)
+        common = dict(
+            num_workers=workers, pin_memory=pin_memory, generator=self.generator, worker_init_fn=_leave_the_group
+        )
         if source.streamed:
             source.dataset.set_loader_cfg(num_workers=workers)
             self.stream = ReplayStream(source, transform, seed if training else None, rank)
@@ -60,12 +64,13 @@ class Loader:
             # not persistent: timm's readers seed themselves from their worker, once
             self.loader = DataLoader(self.stream, batch_size=batch_size, drop_last=training, **common)
         else:
+            self.dataset = ReplayDataset(source, transform, seed if training else None)
             self.sampler = ReplaySampler(
                 len(source), batch_size, seed=seed, shuffle=training, rank=rank, world=world, accum=accum,
                 min_batch=min_batch,
             )  # fmt: skip
             self.loader = DataLoader(
-                ReplayDataset(source, transform, seed if training else None),
+                self.dataset,
                 batch_sampler=self.sampler,
                 persistent_workers=workers > 0,
                 **common,
@@ -89,6 +94,11 @@ class Loader:
         return Step(self.batch_size, group * self.batch_size * self.world, last)
 
     @property
+    def can_start_within(self) -> bool:
+        """Whether an epoch can start at any batch; a stream starts at its start."""
+        return self.sampler is not None
+
+    @property
     def updates_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
         return -(-len(self) // self.accum)
@@ -100,8 +110,21 @@ class Loader:
         n = len(self.source)
         return n // self.batch_size if self.training else -(-n // self.batch_size)
 
+    def skip_bad_images(self, listed_in: Path) -> None:
+        """From now on put another image in the place of one that cannot be read, and add a line to a file. Has no
+        effect on streamed splits, nor on workers that have started."""
+        if self.sampler is not None:
+            self.dataset.bad_images = listed_in
+
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.loader)
+
+
+def _leave_the_group(_: int) -> None:
+    """A Ctrl-C or a scheduler's signal to the whole process group is for the training process: its workers go on, so
+    that it can end its step."""
+    if hasattr(os, 'setpgrp'):
+        os.setpgrp()
 
 
 def create_loaders(

@@ -11,6 +11,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from ..errors import SampleError
 from .sources import Source
 
 # What a derived seed is for, so that no two uses share a stream.
-SAMPLE, ORDER, MIX, STREAM, STREAM_SAMPLE = range(5)
+SAMPLE, ORDER, MIX, STREAM, STREAM_SAMPLE, REPLACEMENT = range(6)
 
 
 def derive_seed(*key: int) -> int:
@@ -53,18 +55,38 @@ class ReplayDataset(Dataset):
         source: the split.
         transform: PIL image → uint8 tensor.
         seed: of the run; None if the transform is not random.
+
+    Attributes:
+        bad_images: a list to add images to that cannot be read, while another takes their place; None: they are errors.
     """
 
     def __init__(self, source: Source, transform: Callable[[Any], Tensor], seed: int | None) -> None:
         self.source, self.transform, self.seed = source, transform, seed
+        self.bad_images: Path | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         epoch, index = key
-        image, target = self.source.read(index)
+        try:
+            image, target = self.source.read(index)
+        except SampleError as e:
+            if self.bad_images is None:
+                raise
+            image, target = self._replacement(epoch, index, e)
         if self.seed is None:
             return self.transform(image), target, index
         with seeded(SAMPLE, self.seed, epoch, index):
             return self.transform(image), target, index
+
+    def _replacement(self, epoch: int, index: int, error: SampleError) -> tuple[Any, int]:
+        """Another image, drawn by (seed, epoch, index); a line in the list says so."""
+        line = f'epoch {epoch}: {" ".join(str(error).split())}\n'
+        with self.bad_images.open('a', encoding='utf-8') as f:  # short lines at the end of a file stay whole
+            f.write(line)
+        generator = np.random.default_rng(derive_seed(REPLACEMENT, self.seed or 0, epoch, index))
+        for other in generator.integers(len(self), size=100).tolist():
+            with contextlib.suppress(SampleError):
+                return self.source.read(other)
+        raise SampleError(f'{error}; and a hundred others in its place neither')
 
     def __len__(self) -> int:
         return len(self.source)

@@ -1,0 +1,187 @@
+"""What goes wrong on shared machines: full disks, NaN, broken images, killed workers, two runs in one folder."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from victims import Stable
+
+from timm_rld import checkpoint
+from timm_rld.checkpoint import Checkpoints
+from timm_rld.task import DistillationTask
+from train_distill import main
+
+
+@pytest.fixture(scope='module')
+def stable():
+    stable = Stable()
+    yield stable
+    stable.close()
+
+
+@pytest.fixture
+def flags(folder, trained_teacher, tmp_path) -> list[str]:
+    """Flags of a run of a second."""
+    return [
+        '--teacher', f'local-dir:{trained_teacher}', '--student', 'test_resnet', '--data-dir', str(folder),
+        '--img-size', '32', '--epochs', '2', '--batch-size', '8', '--lr', '0.01', '--min-teacher-acc', '0',
+        '--cpu-threads', '1', '--workers', '0', '--output', str(tmp_path), '--experiment', 'run',
+    ]  # fmt: skip
+
+
+def poison(monkeypatch, steps: set[int], what: str = 'loss') -> None:
+    """Make the loss, or only its gradient, NaN at some forward passes (counted from 1)."""
+    forward, count = DistillationTask.forward, [0]
+
+    def poisoned(self, *args):
+        result = forward(self, *args)
+        count[0] += 1
+        if count[0] in steps:
+            if what == 'loss':
+                result['loss'] = result['loss'] * torch.nan
+            else:
+                result['loss'].register_hook(lambda gradient: gradient * torch.inf)
+        return result
+
+    monkeypatch.setattr(DistillationTask, 'forward', poisoned)
+
+
+@pytest.mark.parametrize(
+    ('what', 'message'),
+    [
+        ('loss', 'the loss is nan in epoch 2 of the student, batch 2, samples '),
+        ('gradient', 'a gradient is not finite (l'),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_and_the_last_checkpoint_is_good(
+    flags, tmp_path, monkeypatch, capsys, what, message
+):
+    poison(monkeypatch, {8}, what)
+    assert main(flags) == 1
+    assert message in capsys.readouterr().err
+    newest = Checkpoints(tmp_path / 'run' / 'checkpoints').newest('student')
+    assert newest.position.epoch == 1 and all(torch.isfinite(v).all() for v in newest.weights['model'].values())
+
+
+def test_some_steps_in_a_row_may_be_left_out_and_are_counted(flags, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {2, 3, 8})
+    assert main([*flags, '--skip-nonfinite', '2']) == 0
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    assert [row['skipped_steps'] for row in rows] == ['2', '3']
+    assert all(float(row['train_loss']) < 10 for row in rows)
+    poison(monkeypatch, {2, 3, 4})
+    assert main([*flags, '--skip-nonfinite', '2', '--experiment', 'three']) == 1
+    assert 'epoch 1 of the student, batch 4, samples' in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_stays_whole(flags, tmp_path, monkeypatch, capsys):
+    write, count = checkpoint._write, [0]
+
+    def full(path: Path, data: bytes) -> None:
+        count[0] += 1
+        if count[0] == 5:  # in the middle of the second checkpoint
+            path.write_bytes(data[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, '_write', full)
+    assert main(flags) == 1
+    error = capsys.readouterr().err
+    assert f'{tmp_path / "run" / "checkpoints"}: a checkpoint cannot be written (No space left on device)' in error
+    assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['student-epoch0001-end']
+    assert Checkpoints(tmp_path / 'run' / 'checkpoints').newest('student').position.epoch == 1
+
+
+def test_a_full_tmpfs_is_named(stable, flags, tmp_path):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', disk], capture_output=True).returncode:
+        pytest.skip('may not mount')
+    try:
+        victim = stable.start([*flags, '--student', 'test_vit', '--model-ema', '--output', str(disk)], tmp_path / 'log')
+        assert victim.wait() == [1]
+        assert 'No space left on device' in victim.output() and str(disk) in victim.output()
+        assert 'Traceback' not in victim.output()
+    finally:
+        subprocess.run(['umount', disk], check=True)
+
+
+@pytest.fixture
+def broken(folder, tmp_path) -> Path:
+    """The folder of images with two that cannot be read."""
+    copy = tmp_path / 'images'
+    shutil.copytree(folder, copy)
+    first, second = sorted((copy / 'train' / 'pear').iterdir())[:2]
+    first.write_bytes(first.read_bytes()[:60])
+    second.write_text('not an image')
+    return copy
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_an_unreadable_image_is_named_or_replaced_and_listed(flags, broken, tmp_path, capsys, workers):
+    flags = [*flags, '--data-dir', str(broken), '--workers', workers]
+    assert main(flags) == 1
+    assert '/train/pear/00' in capsys.readouterr().err
+    assert main([*flags, '--on-bad-image', 'skip', '--experiment', 'skip']) == 0
+    run = tmp_path / 'skip'
+    lines = (run / 'bad_images.txt').read_text().splitlines()
+    assert len(lines) == 4 == json.loads((run / 'results.json').read_text())['bad_images']
+    assert lines[0].startswith('epoch 1: image ') and 'cannot be read' in lines[0] and '.png' in lines[0]
+    assert main([*flags, '--on-bad-image', 'skip', '--experiment', 'again']) == 0
+    a, b = ((tmp_path / name / 'student' / 'model.safetensors').read_bytes() for name in ('skip', 'again'))
+    assert a == b
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(stable, flags, tmp_path):
+    victim = stable.start([*flags, '--workers', '1', '--epochs', '500'], tmp_path / 'log')
+    deadline = time.monotonic() + 60
+    while 'student epoch 1/' not in victim.output():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = psutil.Process(victim.pids[0]).children()
+    assert len(children) >= 2  # of the training and of the validation loader
+    started = time.monotonic()
+    for child in children:
+        child.send_signal(signal.SIGKILL)
+    assert victim.wait() == [1]
+    assert time.monotonic() - started < 60
+    assert 'A loader worker was killed' in victim.output() and '--workers' in victim.output()
+
+
+def test_a_folder_in_use_by_a_live_run_is_refused_and_free_once_it_is_killed(stable, flags, tmp_path):
+    victim = stable.start([*flags, '--epochs', '500'], tmp_path / 'log')
+    deadline = time.monotonic() + 60
+    while 'student epoch 1/' not in victim.output():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for extra in ([], ['--resume', 'auto']):
+        second = stable.start([*flags, '--epochs', '500', *extra], tmp_path / 'second')
+        assert second.wait() == [1]
+    assert second.output().count(f'{tmp_path / "run"}: in use by process {victim.pids[0]} on ') == 2
+    victim.signal(signal.SIGKILL)
+    victim.wait()
+    third = stable.start([*flags, '--epochs', '500', '--resume', 'auto'], tmp_path / 'third')
+    deadline = time.monotonic() + 60
+    while 'student: going on in epoch' not in third.output():
+        assert time.monotonic() < deadline, third.output()
+        time.sleep(0.02)
+    third.signal(signal.SIGKILL)
+    third.wait()
+
+
+def test_paths_with_spaces_and_letters_of_all_alphabets_work(flags, tmp_path):
+    output = tmp_path / 'a b' / 'Größe 模型'
+    assert main([*flags, '--output', str(output)]) == 0
+    (output / 'run' / 'results.json').unlink()
+    assert main(['--resume', str(output / 'run')]) == 0

@@ -1,0 +1,275 @@
+"""A run that is killed or told to stop goes on to the same student, bit for bit; what must not change is refused."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from victims import Stable, kill_until_done
+
+from timm_rld.checkpoint import Checkpoint, Checkpoints, Damaged, Position, read_checkpoint
+from timm_rld.errors import UserError
+from train_distill import main
+
+
+@pytest.fixture(scope='module')
+def stable():
+    stable = Stable()
+    yield stable
+    stable.close()
+
+
+@pytest.fixture
+def flags(folder, trained_teacher, tmp_path) -> list[str]:
+    """Flags of a run of a second, with all that is random in it."""
+    return [
+        '--teacher', f'local-dir:{trained_teacher}', '--student', 'test_vit', '--data-dir', str(folder),
+        '--img-size', '32', '--epochs', '3', '--batch-size', '8', '--lr', '0.01', '--min-teacher-acc', '0',
+        '--cpu-threads', '1', '--drop', '0.2', '--drop-path', '0.2', '--mixup', '0.3', '--reprob', '0.5',
+        '--model-ema', '--model-ema-decay', '0.9', '--checkpoint-interval', '1', '--workers', '0',
+        '--output', str(tmp_path), '--resume', 'auto',
+    ]  # fmt: skip
+
+
+def weights(run: Path) -> list[str]:
+    """Digests of what a run made."""
+    files = [run / part / 'model.safetensors' for part in ('student', 'student_ema')]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def log_of(run: Path) -> list[dict[str, str]]:
+    rows = list(csv.DictReader((run / 'summary.csv').open()))
+    return [{k: v for k, v in row.items() if k != 'images_per_second'} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ('processes', 'extra'),
+    [
+        (1, []),
+        (1, ['--workers', '2', '--grad-accum-steps', '3']),
+        (1, ['--student', 'test_resnet', '--drop', '0', '--drop-path', '0', '--distill', 'ctkd', '--opt', 'adamw',
+             '--clip-grad', '1', '--sched-on-updates', '--checkpoint-interval', '2']),
+        (2, ['--student', 'test_resnet', '--drop', '0', '--drop-path', '0', '--batch-size', '4']),
+        (2, ['--batch-size', '4', '--grad-accum-steps', '2', '--workers', '1']),
+    ],
+    ids=['plain', 'workers-accum', 'bn-adamw-ctkd', 'two-bn', 'two-accum-workers'],
+)  # fmt: skip
+def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(stable, flags, tmp_path, processes, extra):
+    started = time.monotonic()
+    whole, killed = ([*flags, *extra, '--experiment', name] for name in ('whole', 'killed'))
+    stable.run(whole, tmp_path / 'whole.log', processes)
+    longest = time.monotonic() - started
+    kills = kill_until_done(stable, killed, tmp_path / 'killed.log', random.Random(7), longest, 3, processes)
+    assert kills >= 1
+    assert weights(tmp_path / 'killed') == weights(tmp_path / 'whole')
+    assert log_of(tmp_path / 'killed') == log_of(tmp_path / 'whole')
+
+
+def test_a_run_goes_on_from_every_one_of_its_checkpoints_to_the_same_end(stable, flags, tmp_path):
+    flags = [*flags, '--checkpoint-hist', '100', '--experiment']
+    stable.run([*flags, 'whole'], tmp_path / 'log')
+    names = Checkpoints(tmp_path / 'whole' / 'checkpoints').names()
+    assert len(names) == 18 - 3 + 3  # six steps an epoch, the last of which is the epoch's end
+    for name in (names[0], names[7], names[-2]):
+        shutil.copytree(tmp_path / 'whole', tmp_path / name)
+        (tmp_path / name / 'results.json').unlink()
+        checkpoint = tmp_path / name / 'checkpoints' / name
+        victim = stable.run(['--resume', str(checkpoint)], tmp_path / f'{name}.log')
+        assert 'student: going on in epoch' in victim.output()
+        assert weights(tmp_path / name) == weights(tmp_path / 'whole')
+        shutil.rmtree(tmp_path / name)
+
+
+def test_a_fitted_teacher_is_gone_on_with_and_not_fitted_again(stable, flags, tmp_path, folder):
+    flags = [*flags, '--teacher', 'test_resnet', '--teacher-epochs', '2', '--no-teacher-pretrained', '--experiment']
+    stable.run([*flags, 'whole'], tmp_path / 'log')
+    kill_until_done(stable, [*flags, 'killed'], tmp_path / 'killed.log', random.Random(3), 1.5, 4)
+    assert weights(tmp_path / 'killed') == weights(tmp_path / 'whole')
+    killed, whole = (tmp_path / run / 'teacher' / 'model.safetensors' for run in ('killed', 'whole'))
+    assert killed.read_bytes() == whole.read_bytes()
+    (tmp_path / 'whole' / 'results.json').unlink()
+    again = stable.run([*flags, 'whole'], tmp_path / 'again.log')
+    assert 'teacher epoch' not in again.output()
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
+    stable, flags, tmp_path, number, code, processes
+):
+    flags = [*flags, '--checkpoint-interval', 'epoch', '--epochs', '40', '--workers', '1', '--experiment', 'run']
+    victim = stable.start(flags, tmp_path / 'log', processes)
+    wait_for(lambda: 'student epoch 2/40' in victim.output())
+    started = time.monotonic()
+    if processes == 1:
+        os.killpg(victim.pids[0], number)  # the whole group, as Ctrl-C and Slurm do
+    else:
+        os.kill(victim.pids[1], number)  # one of them alone
+    assert victim.wait() == [code] * processes, victim.output()
+    assert time.monotonic() - started < 20
+    assert f'stopped by {number.name} in epoch' in victim.output()
+    assert f'--resume {tmp_path / "run"} goes on' in victim.output()
+    newest = Checkpoints(tmp_path / 'run' / 'checkpoints').newest('student')
+    assert newest.position.updates >= 12 // processes and 'Traceback' not in victim.output()
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, 'waited for too long'
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope='module')
+def stopped_run(folder, trained_teacher, tmp_path_factory) -> list[str]:
+    """Flags of a run that has one of two epochs behind it."""
+    output = tmp_path_factory.mktemp('stopped')
+    flags = [
+        '--teacher', f'local-dir:{trained_teacher}', '--student', 'test_resnet', '--data-dir', str(folder),
+        '--img-size', '32', '--batch-size', '8', '--lr', '0.01', '--min-teacher-acc', '0', '--workers', '0',
+        '--output', str(output), '--experiment', 'run', '--sched', 'multistep', '--warmup-epochs', '0',
+    ]  # fmt: skip
+    assert main([*flags, '--epochs', '1']) == 0
+    return flags
+
+
+@pytest.mark.parametrize(
+    ('extra', 'message'),
+    [
+        (['--lr', '0.02'], '--lr 0.01, not 0.02'),
+        (['--distill', 'kd'], '--distill rld, not kd'),
+        (['--cpu-threads', '1'], '--cpu-threads None, not 1'),
+        (['--sched', 'cosine', '--epochs', '3'], '--sched multistep, not cosine'),
+        (['--val-split', 'train'], '--val-split validation, not train'),
+    ],
+)
+def test_a_setting_that_would_change_the_result_is_refused_by_name(stopped_run, capsys, extra, message):
+    assert main([*stopped_run, '--epochs', '1', '--resume', 'auto', '--epochs', '2', *extra]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_more_epochs_workers_and_log_lines_are_fine(stopped_run, capsys):
+    argv = [*stopped_run, '--resume', 'auto', '--epochs', '2', '--workers', '1', '--log-interval', '1']
+    assert main(argv) == 0
+    run = Path(stopped_run[stopped_run.index('--output') + 1]) / 'run'
+    assert [row['epoch'] for row in log_of(run)] == ['1', '2']
+    assert 'student: going on in epoch 2, batch 1' in capsys.readouterr().out
+
+
+def test_a_dataset_that_has_changed_is_refused_by_name(stopped_run, capsys, folder, tmp_path):
+    run = Path(stopped_run[stopped_run.index('--output') + 1]) / 'run'
+    shutil.copytree(run, tmp_path / 'run')
+    (tmp_path / 'run' / 'results.json').unlink()
+    facts = json.loads((tmp_path / 'run' / 'facts.json').read_text())
+    (tmp_path / 'run' / 'facts.json').write_text(json.dumps({**facts, 'training images': 40}))
+    assert main(['--resume', str(tmp_path / 'run')]) == 1
+    assert 'was begun with training images 40, now 41' in capsys.readouterr().err
+
+
+def test_a_finished_run_says_so_and_a_fresh_one_too(stopped_run, capsys, tmp_path):
+    run = Path(stopped_run[stopped_run.index('--output') + 1]) / 'run'
+    assert main(['--resume', str(run)]) == 0
+    assert f'{run} has finished, there is nothing to go on with' in capsys.readouterr().err
+    argv = [*stopped_run, '--epochs', '1', '--resume', 'auto', '--experiment', 'fresh']
+    assert main(argv) == 0
+    assert 'nothing to go on from' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('argv', 'code', 'message'),
+    [
+        (['--resume', 'nowhere'], 2, '--resume nowhere: expected auto, a run folder'),
+        (['--teacher', 'a', '--student', 'b', '--resume', 'auto'], 2, '--resume auto: which run?'),
+        (['--checkpoint-interval', 'often'], 2, "expected 'epoch' or a number of optimizer steps, got 'often'"),
+        (['--checkpoint-hist', '0'], 2, '--checkpoint-hist: must be greater than 0'),
+    ],
+)
+def test_wrong_flags_of_checkpoints_are_named(argv, code, message, capsys):
+    assert main(argv) == code
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+def a_checkpoint(epoch: int, batch: int | None = None, top1: float = 50.0) -> Checkpoint:
+    history = [{'epoch': e, 'eval_top1': top1 if e == epoch else 0.0} for e in range(1, epoch + 1)]
+    weights = {'model': {'w': torch.full((4,), float(epoch)).expand(3, 4)}}
+    return Checkpoint(Position('student', epoch, batch, 10 * epoch), history, 0.1, weights, {'processes': []})
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(a_checkpoint(2))
+    back = checkpoints.newest('student')
+    assert back.position == Position('student', 2, None, 20) and back.history[1]['eval_top1'] == 50.0
+    assert torch.equal(back.weights['model']['w'], torch.full((3, 4), 2.0))
+    assert checkpoints.newest('teacher') is None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for epoch in range(1, 6):
+        checkpoints.save(a_checkpoint(epoch, 3), 2)
+        checkpoints.save(a_checkpoint(epoch), 2 if epoch > 1 else 1)
+    assert checkpoints.names() == [
+        'student-epoch0002-end', 'student-epoch0005-batch000003', 'student-epoch0005-end'
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'state.pt', 'checkpoint.json'])
+@pytest.mark.parametrize('damage', ['cut', 'flip', 'gone'])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, file, damage):
+    said = []
+    checkpoints = Checkpoints(tmp_path, say=said.append)
+    for epoch in (1, 2):
+        checkpoints.save(a_checkpoint(epoch))
+    path = tmp_path / 'student-epoch0002-end' / file
+    data = path.read_bytes()
+    half = len(data) // 2
+    if damage == 'gone':
+        path.unlink()
+    else:
+        path.write_bytes(data[:half] if damage == 'cut' else data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :])
+    assert checkpoints.newest('student').position.epoch == 1
+    assert 'student-epoch0002-end is damaged' in said[0]
+    shutil.rmtree(tmp_path / 'student-epoch0001-end')
+    with pytest.raises(UserError, match='no checkpoint of the student is whole'):
+        checkpoints.newest('student')
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path}/executed',)
+
+    checkpoint = a_checkpoint(1)
+    checkpoint.state = {'processes': Bomb()}
+    folder = Checkpoints(tmp_path).save(checkpoint)
+    with pytest.raises(Damaged):
+        read_checkpoint(folder)
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_what_a_killed_writer_left_is_undone_or_finished(tmp_path):
+    from accelerate import Accelerator
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(a_checkpoint(1))
+    shutil.copytree(tmp_path / 'student-epoch0001-end', tmp_path / '.part-student-epoch0002-end')
+    (tmp_path / 'student-epoch0001-end').rename(tmp_path / '.old-student-epoch0001-end')
+    checkpoints.prepare(None, Accelerator(cpu=True))
+    assert [p.name for p in tmp_path.iterdir()] == ['student-epoch0001-end']
+    assert checkpoints.newest('student').position.epoch == 1
