@@ -60,7 +60,7 @@ def poison(monkeypatch, steps: set[int], what: str = 'loss') -> None:
 @pytest.mark.parametrize(
     ('what', 'message'),
     [
-        ('loss', 'the loss is nan in epoch 2 of the student, batch 2, samples '),
+        ('loss', 'the loss is nan in epoch 2 of the student, batch 3, samples '),
         ('gradient', 'a gradient is not finite (l'),
     ],
 )

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-_OWN = ('output', 'experiment', 'distill', 'seed')
+_OWN = ('output', 'experiment', 'distill', 'seed', 'resume')
 _OF_CRITERION = ('standardize', 'task_loss_weight', 'distill_loss_weight', 'distill_warmup_epochs')
 
 
@@ -252,11 +251,9 @@ def _run(command: list[str], folder: Path, title: str, say: Callable[[str], None
     if done.exists():
         say(f'{title}: already there')
         return json.loads(done.read_text(encoding='utf-8'))
-    if folder.exists():  # an interrupted run
-        shutil.rmtree(folder)
     log = folder.with_suffix('.log')
     started = time.perf_counter()
-    command = [*command, '--output', str(folder.parent), '--experiment', folder.name]
+    command = [*command, '--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
     with log.open('w', encoding='utf-8') as f:
         code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ).returncode
     if code or not done.exists():

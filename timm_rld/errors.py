@@ -75,8 +75,11 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
                 return code
         else:
             text = str(e).strip()
-            if rank and any(backend in text for backend in ('gloo', 'NCCL')):
-                return code  # another process ended, and has said why
+            lost = any(backend in text for backend in ('gloo', 'Gloo', 'NCCL'))
+            if lost and rank and int(os.environ.get('LOCAL_RANK', 0)):
+                return code  # the host's first process speaks for it
+            if lost:
+                text = f'the connection to another process was lost; its own output says why ({text.splitlines()[0]})'
             if 'DataLoader worker' in text and 'killed' in text:
                 text += ' A loader worker was killed, perhaps for want of memory: fewer --workers may help'
             if 'Traceback' in text:  # a worker's, around its message
