@@ -73,7 +73,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     judge = functools.partial(engine.judge_teacher, pair, val_loader, accelerator, config, num_classes)
     teacher_top1, reference = judge() if teacher is not None and not fit_teacher else (None, None)
-    run_folder = runs.open_run(config, accelerator, runs.gather_facts(accelerator, train_split, val_split))
+    run_folder = runs.open_run(config, accelerator, train_split, val_split)
     checkpoints = Checkpoints(run_folder / 'checkpoints', config.checkpoint_hist, say)
     checkpoints.prepare(config.resume, accelerator)
     if config.on_bad_image == 'skip':

@@ -48,6 +48,26 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='session')
+def parquet(tmp_path_factory, folder):
+    """The pictures of `folder` as a datasets folder of Parquet files, with columns img and fine_label."""
+    import datasets
+
+    root = tmp_path_factory.mktemp('parquet')
+    features = datasets.Features(
+        img=datasets.Image(),
+        fine_label=datasets.ClassLabel(names=['apple', 'pear', 'plum']),
+        text=datasets.Value('string'),
+    )
+    for split in ('train', 'test'):
+        paths = sorted((folder / ('validation' if split == 'test' else split)).rglob('*.png'))
+        datasets.Dataset.from_dict(
+            dict(img=[str(p) for p in paths], fine_label=[p.parent.name for p in paths], text=['x'] * len(paths)),
+            features=features,
+        ).to_parquet(root / f'{split}.parquet')
+    return root
+
+
+@pytest.fixture(scope='session')
 def trained_teacher(tmp_path_factory, folder) -> Path:
     """A timm model folder whose head fits `folder`, labelled, with a normalisation of its own."""
     import timm

@@ -19,26 +19,6 @@ from timm_rld.errors import SampleError, UserError
 NORM = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 
 
-@pytest.fixture(scope='session')
-def parquet(tmp_path_factory, folder):
-    """The pictures of `folder` as a datasets folder of Parquet files, with columns img and fine_label."""
-    import datasets
-
-    root = tmp_path_factory.mktemp('parquet')
-    features = datasets.Features(
-        img=datasets.Image(),
-        fine_label=datasets.ClassLabel(names=['apple', 'pear', 'plum']),
-        text=datasets.Value('string'),
-    )
-    for split in ('train', 'test'):
-        paths = sorted((folder / ('validation' if split == 'test' else split)).rglob('*.png'))
-        datasets.Dataset.from_dict(
-            dict(img=[str(p) for p in paths], fine_label=[p.parent.name for p in paths], text=['x'] * len(paths)),
-            features=features,
-        ).to_parquet(root / f'{split}.parquet')
-    return root
-
-
 def loader(folder, workers=0, seed=1, batch_size=8, **kwargs) -> Loader:
     source = open_split(None, 'train', flag='--train-split', data_dir=str(folder))
     transform = train_transform((3, 16, 16), **NORM, color_jitter=0.4, aa='rand-m9-mstd0.5', reprob=0.5)

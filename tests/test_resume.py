@@ -122,6 +122,28 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
     assert newest.position.updates >= 12 // processes and 'Traceback' not in victim.output()
 
 
+def test_a_streamed_run_goes_on_from_the_end_of_an_epoch_and_says_so(stable, flags, tmp_path, parquet):
+    at = flags.index('--data-dir')
+    stream = [*flags[:at], '--dataset', f'hfids/{parquet}', '--input-key', 'img', '--target-key', 'fine_label',
+              '--val-split', 'test', '--train-num-samples', '41', '--val-num-samples', '20', '--num-classes', '3',
+              *flags[at + 2 :], '--batch-size', '2', '--mixup', '0', '--experiment']  # fmt: skip
+    stable.run([*stream, 'whole'], tmp_path / 'whole.log')
+    victim = stable.start([*stream, 'stopped', '--log-interval', '1'], tmp_path / 'log')
+    wait_for(lambda: 'student epoch 2/3 [3/' in victim.output())
+    victim.signal(signal.SIGTERM)
+    assert victim.wait() == [143]
+    assert 'goes on from the end of the epoch before' in victim.output()
+    assert Checkpoints(tmp_path / 'stopped' / 'checkpoints').names() == ['student-epoch0001-end']
+    stable.run([*stream, 'stopped'], tmp_path / 'again.log')
+    assert weights(tmp_path / 'stopped') == weights(tmp_path / 'whole')
+
+
+def test_a_loss_that_is_not_finite_on_two_processes_is_said_once(stable, flags, tmp_path):
+    victim = stable.start([*flags, '--lr', '1e30', '--experiment', 'run'], tmp_path / 'log', processes=2)
+    assert victim.wait() == [1, 1]
+    assert victim.output().count('try a lower --lr') == 1 and 'samples ' in victim.output()
+
+
 def wait_for(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -56,6 +56,11 @@ def create_accelerator(config: Config) -> Accelerator:
         if 'precision' not in str(e):
             raise
         raise UserError(f'--mixed-precision {config.mixed_precision}: {str(e).splitlines()[0]}') from e
+    if (kind := str(accelerator.distributed_type.value)) in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
+        raise UserError(
+            f'the launcher chose {kind}: it splits the weights among processes; checkpoints, averaged weights and '
+            'the export need them whole: take MULTI_GPU'
+        )
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise UserError('--mixed-precision fp16: has no effect on a CPU; take bf16, or no')
     if config.sync_bn and accelerator.device.type != 'cuda':

@@ -57,12 +57,12 @@ _HARMLESS = {
 _LOCKS: dict[Path, Any] = {}  # open for as long as the process lives
 
 
-def open_run(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> Path:
+def open_run(config: Config, accelerator: Accelerator, train: Any, val: Any) -> Path:
     """Make the run folder: `OUTPUT/EXPERIMENT`, by default `output/<time>-<student>-<distill>`, the same on all ranks,
     and write args.yaml and facts.json into it; or with `--resume` go on in the one that is there.
 
     Args:
-        facts: what else the result depends on: data, processes, threads.
+        train, val: the splits.
 
     Raises:
         UserError: where it holds files already, cannot be written, is in use by another run, or where the run that is
@@ -70,6 +70,7 @@ def open_run(config: Config, accelerator: Accelerator, facts: dict[str, Any]) ->
     """
     from timm.models import safe_model_name
 
+    facts = _gather_facts(accelerator, train, val, config.workers)
     name = config.experiment or '-'.join(
         [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(config.student), config.distill]
     )
@@ -167,18 +168,15 @@ def _may_be_longer(config: Config, there: dict[str, Any]) -> bool:
     return steady and warmup_epochs(before) == warmup_epochs(config)
 
 
-def gather_facts(accelerator: Accelerator, train: Any, val: Any) -> dict[str, Any]:
-    """What a result depends on beside the settings.
-
-    Args:
-        train, val: the splits.
-    """
+def _gather_facts(accelerator: Accelerator, train: Any, val: Any, workers: int) -> dict[str, Any]:
+    """What a result depends on beside the settings: data, processes, threads."""
     names = train.class_names or []
     on_cpu = accelerator.device.type == 'cpu'
     return {
         'processes': accelerator.num_processes,
         'device': accelerator.device.type,
         **({'CPU threads (--cpu-threads)': torch.get_num_threads()} if on_cpu else {}),
+        **({'--workers of a streamed dataset': workers} if train.streamed else {}),
         'training images': len(train),
         'validation images': len(val),
         'classes': train.num_classes,
