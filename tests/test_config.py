@@ -11,7 +11,6 @@ from timm_rld.config import (
     FIELDS,
     Config,
     flag_of,
-    list_recipes,
     load_yaml,
     parse_args,
     resolve,
@@ -65,17 +64,11 @@ def test_every_field_has_help_and_a_flag_that_sets_it():
         elif 'float' in kind or 'Floats' in kind:
             values = ['0.25'] * (meta['lengths'] or (1,))[0]
         elif 'int' in kind:
-            values = ['2']
+            values = ['3' if default == 2 else '2']
         else:
-            values = ['x']
+            values = [{'resume': 'auto', 'checkpoint_interval': '7'}.get(name, 'x')]
         config = parse_args([flag_of(name), *values])
         assert getattr(config, name) != default, name
-
-
-@pytest.mark.parametrize('path', [name for name, _ in list_recipes()])
-def test_every_recipe_is_valid(path):
-    config = parse_args(['--config', path])
-    assert config.student and resolve(config).epochs
 
 
 def test_recipes_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
