@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 
@@ -44,6 +46,17 @@ def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
     return f' (did you mean {", ".join(repr(x) for x in near)}?)' if near else ''
 
 
+def _ignore_further_workers() -> None:
+    """torch raises an error out of nowhere for each loader worker that dies; once the first is being told, no more."""
+    while True:
+        try:
+            if hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return
+        except RuntimeError:
+            continue
+
+
 def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
     """Run a command-line program; turn exceptions into one or two lines on stderr.
 
@@ -64,6 +77,7 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
             print(f'{name}: {e}', file=sys.stderr)
         return e.exit_code
     except Exception as e:
+        _ignore_further_workers()
         if debug:
             traceback.print_exc()
         code = e.exit_code if isinstance(e, UserError) else 1
@@ -80,8 +94,8 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
                 return code  # the host's first process speaks for it
             if lost:
                 text = f'the connection to another process was lost; its own output says why ({text.splitlines()[0]})'
-            if 'DataLoader worker' in text and 'killed' in text:
-                text += ' A loader worker was killed, perhaps for want of memory: fewer --workers may help'
+            if text.startswith('DataLoader worker'):
+                text += '. A loader worker was killed, perhaps for want of memory: fewer --workers may help'
             if 'Traceback' in text:  # a worker's, around its message
                 text = text.splitlines()[-1]
             message = f'{type(e).__name__}: {text} (--debug shows where)'
