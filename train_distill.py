@@ -22,7 +22,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     """Train as the settings say. Returns what results.json holds, and the run folder as `run`."""
     from accelerate.utils import set_seed
 
-    from timm_rld import data, engine, pairing, runs
+    from timm_rld import data, engine, pairing, push, runs
     from timm_rld.checkpoint import Checkpoints
     from timm_rld.hub import export_model
     from timm_rld.loss import choose_criterion
@@ -38,16 +38,15 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     say = accelerator.print
     runs.check_unfinished(config)
+    if config.push_to_hub:
+        check = functools.partial(push.check_hub, config.hub_model_id, config.hub_private_repo)
+        config.hub_model_id = runs.main_only(accelerator, check)
 
     # ---- data
     if uses_sample(config):
         say(data.SAMPLE_NOTE)
-    named = config.pick(
-        'dataset', 'data_dir', 'train_split', 'val_split', 'train_num_samples', 'val_num_samples', 'num_classes',
-        'class_map', 'input_key', 'target_key', 'in_chans', 'batch_size', 'validation_batch_size', 'seed',
-        'dataset_download',
-    )  # fmt: skip
-    train_split, val_split = runs.main_first(accelerator, lambda: data.open_splits(**named))
+    splits = functools.partial(data.open_splits, **config.pick(*data.SPLIT_SETTINGS))
+    train_split, val_split = runs.main_first(accelerator, splits)
     num_classes, class_names = train_split.num_classes, train_split.class_names
 
     # ---- pair
@@ -56,18 +55,14 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         config.teacher, config.student, num_classes, class_names=class_names, fit_teacher=fit_teacher,
         crop_pct=config.crop_pct or (1.0 if config.train_crop_mode == 'pad' else None),
         student_kwargs={'drop_rate': config.drop, 'drop_path_rate': config.drop_path, **config.model_kwargs},
-        **config.pick('seed', 'in_chans', 'img_size', 'mean', 'std', 'interpolation', 'student_pretrained',
-                      'teacher_pretrained', 'teacher_checkpoint', 'teacher_class_map', 'teacher_img_size',
-                      'teacher_mean', 'teacher_std'),
+        **config.pick(*pairing.PAIR_SETTINGS),
     )  # fmt: skip
     student, teacher = pair.student, pair.teacher
     trained = [student, teacher] if fit_teacher else [student]
     train_loader, val_loader = data.create_loaders(
         train_split, val_split, pair.data_config, min_batch=2 if any(map(pairing.has_batch_norm, trained)) else 0,
         rank=accelerator.process_index, world=accelerator.num_processes, pin_memory=accelerator.device.type == 'cuda',
-        **config.pick('batch_size', 'validation_batch_size', 'grad_accum_steps', 'seed', 'workers', 'no_aug',
-                      'train_crop_mode', 'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa',
-                      'train_interpolation', 'reprob', 'remode', 'recount'),
+        **config.pick(*data.LOADER_SETTINGS),
     )  # fmt: skip
     config.img_size, config.mixed_precision = pair.img_size, accelerator.mixed_precision
 
@@ -85,11 +80,13 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         where = dict(log_file=run_folder / log, checkpoints=checkpoints)
         return engine.fit(task, train_loader, val_loader, accelerator, settings, **where, **kwargs)
 
-    def finish(results: dict[str, Any], line: str) -> dict[str, Any]:
+    def finish(results: dict[str, Any]) -> dict[str, Any]:
         if accelerator.is_main_process:
             runs.write_results(run_folder, results)
         accelerator.end_training()
-        say(f'{run_folder}: {line}')
+        say(f'{run_folder}: {runs.in_a_line(results)}')
+        if config.push_to_hub and accelerator.is_main_process and config.epochs:
+            push.push_run(run_folder, after=checkpoints.on_epoch_end, **config.pick(*push.SETTINGS), say=say)
         return {**results, 'run': str(run_folder)}
 
     # ---- teacher
@@ -110,10 +107,11 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     results = dict(
         config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=dict(row.options),
-        num_classes=num_classes, teacher_top1=teacher_top1, command=command,
+        num_classes=num_classes, teacher_top1=teacher_top1, command=command, paper=row.cited,
+        teacher_sha256=pairing.weights_digest(teacher), versions=runs.versions(),
     )  # fmt: skip
     if config.epochs == 0:
-        return finish(results, f'teacher top-1 {teacher_top1:.2f}')
+        return finish(results)
 
     # ---- loss, task, fit
     task = DistillationTask(
@@ -122,17 +120,18 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     if criterion is not None and task.warmup_epochs > config.epochs:
         say(f'note: distillation ramps up over {task.warmup_epochs} epochs, more than the run has')
+    export = functools.partial(export_model, data_config=pair.data_config, label_names=class_names)
+    if config.push_to_hub and accelerator.is_main_process:
+        settings = config.pick('hub_strategy', *push.SETTINGS)
+        checkpoints.on_epoch_end = push.BackgroundPush(run_folder, results, student, export, say, **settings)
     history = fit(task, config, 'summary.csv', reference=reference)
 
     # ---- export
     if accelerator.is_main_process:
-        kwargs = dict(data_config=pair.data_config, label_names=class_names)
-        export_model(student, run_folder / 'student', **kwargs)
+        export(student, run_folder / 'student')
         if task.has_ema():
-            export_model(task.trainable_module_ema.module, run_folder / 'student_ema', **kwargs)
-    taught = f'teacher top-1 {teacher_top1:.2f}, ' if teacher is not None else ''
-    results.update(runs.outcome(history))
-    return finish(results, f'{taught}student top-1 {results["student_top1"]:.2f}')
+            export(task.trainable_module_ema.module, run_folder / 'student_ema')
+    return finish({**results, **runs.outcome(history)})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,8 +29,10 @@ FLOORS = {
     'checkpoint': {'runs', 'errors'},
     'engine': {'checkpoint', 'guard', 'task', 'data', 'pairing', 'runs', 'config', 'errors'},
     'bench': {'loss', 'errors'},
+    'report': {'errors'},
+    'push': {'report', 'hub', 'errors'},
     'compare': {'config', 'errors', 'loss'},
-    '__main__': {'bench', 'compare', 'config', 'errors', 'loss'},
+    '__main__': {'bench', 'compare', 'push', 'report', 'config', 'errors', 'loss'},
     '__init__': {'models', 'loss', 'pairing', 'task', 'data', 'hub', 'errors'},
 }
 

@@ -46,6 +46,15 @@ def compare(args: argparse.Namespace) -> None:
     print(markdown(compare(args.criteria, args.seeds, args.flags, args.output, launcher=args.launcher)), end='')
 
 
+def push(args: argparse.Namespace) -> None:
+    """Push a finished run."""
+    from .push import SETTINGS, push_run
+    from .report import read_run
+
+    args.hub_model_id = args.hub_model_id or read_run(args.folder).settings['hub_model_id']
+    push_run(args.folder, **{name: getattr(args, name) for name in SETTINGS})
+
+
 def parse(argv: list[str]) -> None:
     parser = Parser(prog='timm-rld', description='Tools around train_distill.py.', allow_abbrev=False)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
@@ -75,6 +84,14 @@ def parse(argv: list[str]) -> None:
     verb.add_argument('--launcher', metavar='COMMAND', default='',
                       help="in place of python, e.g. 'accelerate launch --num_processes 2'")  # fmt: skip
     verb.set_defaults(run=compare)
+
+    verb = verbs.add_parser('push', help='push a finished run to the Hugging Face Hub', allow_abbrev=False)
+    verb.add_argument('folder', metavar='RUN', help='a run folder')
+    verb.add_argument('--hub-model-id', metavar='USER/NAME', help="default: <student>-<distill> of the token's user")
+    verb.add_argument('--hub-private-repo', action='store_true', help='make a new repository private')
+    verb.add_argument('--hub-license', metavar='NAME', default='apache-2.0', help='default: apache-2.0')
+    verb.add_argument('--hub-weights', choices=('last', 'best', 'ema'), default='last', help='default: last')
+    verb.set_defaults(run=push)
 
     args, rest = parser.parse_known_args(argv)
     args.flags = rest

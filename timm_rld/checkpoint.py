@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .errors import UserError
-from .runs import Means, best_epoch, raise_on_all
+from .runs import Means, best_epoch, outcome, raise_on_all
 
 FORMAT = 1
 _NAME = re.compile(r'(teacher|student)-epoch(\d+)-(?:batch(\d+)|end)')
@@ -90,10 +90,15 @@ class Checkpoints:
         folder: where they lie.
         keep: how many of the newest.
         say: prints a line.
+
+    Attributes:
+        on_epoch_end: told of each checkpoint of the student that ends an epoch: its folder, the log, the outcome so
+            far (:func:`timm_rld.runs.outcome`).
     """
 
     def __init__(self, folder: Path, keep: int = 2, say: Callable[[str], None] = print) -> None:
         self.folder, self.keep, self.say = Path(folder), keep, say
+        self.on_epoch_end: Callable[[Path, list[dict[str, float]], dict[str, Any]], None] | None = None
 
     def names(self) -> list[str]:
         """Names of the checkpoints that are there, oldest first."""
@@ -138,6 +143,9 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
             why = getattr(e, 'strerror', None) or str(e).splitlines()[0]
             raise UserError(f'{self.folder}: a checkpoint cannot be written ({why}); the one before is whole') from e
+        at = checkpoint.position
+        if self.on_epoch_end is not None and at.phase == 'student' and at.batch is None:
+            self.on_epoch_end(final, checkpoint.history, outcome(checkpoint.history))
         self._prune(best_epoch)
         return final
 

@@ -50,7 +50,7 @@ def setting(
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
-MODELS, DISTILL, DATA, AUG, OPTIM, SCHED, RUN, CKPT, OUT = (
+MODELS, DISTILL, DATA, AUG, OPTIM, SCHED, RUN, CKPT, HUB, OUT = (
     'teacher and student',
     'distillation',
     'data',
@@ -59,6 +59,7 @@ MODELS, DISTILL, DATA, AUG, OPTIM, SCHED, RUN, CKPT, OUT = (
     'learning rate',
     'devices and speed',
     'checkpoints and faults',
+    'Hugging Face Hub',
     'output',
 )
 Floats = tuple[float, ...]
@@ -249,6 +250,22 @@ class Config:
     on_bad_image: str = setting(
         'error', CKPT, 'a training image that cannot be read: stop, or put another in its place and list it',
         choices=('error', 'skip'),
+    )  # fmt: skip
+
+    # Hub
+    push_to_hub: bool = setting(
+        False, HUB, 'push the student to the Hub at the end; token and repository are checked before', flag=True
+    )
+    hub_model_id: str | None = setting(None, HUB, 'repository: user/name, or name (default: <student>-<distill>)')
+    hub_private_repo: bool = setting(False, HUB, 'make a new repository private', flag=True)
+    hub_license: str = setting('apache-2.0', HUB, 'license in the card; data or teacher may ask for another')
+    hub_strategy: str = setting(
+        'end', HUB, "push at the 'end' alone, or also at each new 'best' epoch or 'every_save' that ends one",
+        choices=('end', 'best', 'every_save'),
+    )  # fmt: skip
+    hub_weights: str = setting(
+        'last', HUB, 'which weights: of the last epoch, the best on the validation split, or the moving average',
+        choices=('last', 'best', 'ema'),
     )  # fmt: skip
 
     # output
@@ -646,7 +663,9 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         # `accelerate launch --gradient_accumulation_steps N` speaks through the environment
         grad_accum_steps=int(accum_env) if accum_env.isdigit() and int(accum_env) > 0 else 1,
     )
-    default(validation_batch_size=c.batch_size)
+    default(validation_batch_size=c.batch_size, hub_model_id=f'{c.student or "student"}-{c.distill}'.replace(':', '-'))
+    if c.hub_weights == 'ema' and not c.model_ema:
+        raise UsageError('--hub-weights ema: needs --model-ema')
     if c.lr is None:
         ratio = c.batch_size * num_processes * c.grad_accum_steps / c.lr_base_size
         by_root = c.lr_base_scale == 'sqrt' or (

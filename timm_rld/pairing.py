@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import os
@@ -411,6 +412,12 @@ def read_class_map(path: str, num_classes: int, class_names: Sequence[str] | Non
 
 # ------------------------------------------------------------------------------------------------------------- builders
 
+# Names of settings, for the recipe: arguments of create_pair.
+PAIR_SETTINGS = (
+    'seed', 'in_chans', 'img_size', 'mean', 'std', 'interpolation', 'student_pretrained', 'teacher_pretrained',
+    'teacher_checkpoint', 'teacher_class_map', 'teacher_img_size', 'teacher_mean', 'teacher_std',
+)  # fmt: skip
+
 
 @dataclass
 class Pair:
@@ -659,6 +666,17 @@ def check_accuracy(name: str, top1: float, num_classes: int, least: float | None
             f'--teacher {name}: its top-1 of {top1:.2f} is below {limit:.4g}{near if least is None else ""}\n'
             '--min-teacher-acc sets another limit (0: none)'
         )
+
+
+def weights_digest(model: nn.Module | None) -> str | None:
+    """SHA-256 of a model's weights, whatever file they came from; None of none."""
+    if model is None:
+        return None
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def audit(pair: Pair) -> list[str]:

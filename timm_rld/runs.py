@@ -40,6 +40,18 @@ def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
     return result if accelerator.is_main_process else function()
 
 
+def main_only(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call a function on the main process; its result, or what went wrong, reaches all."""
+    result = problem = None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except UserError as e:
+            problem = e
+    raise_on_all(problem)
+    return broadcast_object_list([result])[0]
+
+
 def raise_on_all(problem: UserError | None) -> None:
     """Raise on every process what is wrong on the main one; the others' argument does not matter."""
     said = [(type(problem), str(problem)) if problem is not None else None]
@@ -52,7 +64,8 @@ def raise_on_all(problem: UserError | None) -> None:
 # settings that may change when a run goes on: they do not change its result
 _HARMLESS = {
     'workers', 'log_interval', 'report_to', 'debug', 'output', 'experiment', 'resume', 'checkpoint_interval',
-    'checkpoint_hist', 'skip_nonfinite', 'on_bad_image', 'min_teacher_acc', 'dataset_download',
+    'checkpoint_hist', 'skip_nonfinite', 'on_bad_image', 'min_teacher_acc', 'dataset_download', 'push_to_hub',
+    'hub_model_id', 'hub_private_repo', 'hub_license', 'hub_weights', 'hub_strategy',
 }  # fmt: skip
 _LOCKS: dict[Path, Any] = {}  # open for as long as the process lives
 
@@ -184,15 +197,19 @@ def _gather_facts(accelerator: Accelerator, train: Any, val: Any, workers: int) 
     }
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of what a result rests on."""
+    packages = ('timm_rld', 'timm', 'torch', 'accelerate', 'datasets')
+    return {'python': platform.python_version(), **{p: metadata.version(p) for p in packages}}
+
+
 def write_results(run: Path, results: dict[str, Any]) -> None:
-    """Write results.json, whole or not at all, with the versions of what it rests on."""
+    """Write results.json, whole or not at all."""
     bad = run / 'bad_images.txt'
     if bad.exists():
         results = {**results, 'bad_images': len(bad.read_text(encoding='utf-8').splitlines())}
-    packages = ('timm_rld', 'timm', 'torch', 'accelerate', 'datasets')
-    versions = {'python': platform.python_version(), **{p: metadata.version(p) for p in packages}}
     part = run / '.results.json.tmp'
-    part.write_text(json.dumps({**results, 'versions': versions}, indent=2, ensure_ascii=False), encoding='utf-8')
+    part.write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding='utf-8')
     os.replace(part, run / 'results.json')
 
 
@@ -207,6 +224,12 @@ def outcome(history: list[dict[str, float]]) -> dict[str, Any]:
         agreement=last.get('eval_agreement'),
         train_images_per_second=len(history) / sum(1 / r['images_per_second'] for r in history),
     )
+
+
+def in_a_line(results: dict[str, Any]) -> str:
+    """The accuracies of a run."""
+    found = {'teacher': results['teacher_top1'], 'student': results.get('student_top1')}
+    return ', '.join(f'{who} top-1 {top1:.2f}' for who, top1 in found.items() if top1 is not None)
 
 
 class Means:

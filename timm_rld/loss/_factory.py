@@ -57,6 +57,11 @@ class Criterion:
     imagenet: str = ''
     not_standardized: str = ''
 
+    @property
+    def cited(self) -> str:
+        """Paper and year; empty where there is none."""
+        return f'{self.paper}, {self.year}' if self.paper else ''
+
     def standardized(self) -> Criterion:
         """The row for standardised logits, as `--standardize` takes it: temperature 2, distillation weight times 9.
 
@@ -198,7 +203,7 @@ def describe_criteria() -> str:
                 f'{"":<{width}}  weights: task {row.task_weight:g}, distillation {row.distill_weight:g}{ramp}; '
                 f'options: {options}'
             )
-            lines.append(f'{"":<{width}}  {row.paper}, {row.year}')
+            lines.append(f'{"":<{width}}  {row.cited}')
             if row.imagenet:
                 lines.append(f'{"":<{width}}  ImageNet: {row.imagenet}')
     return '\n'.join(lines)

@@ -1,0 +1,282 @@
+"""A finished run to the Hub: the model as a timm folder, its card, and the files that say how it came about."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .errors import UserError
+from .hub import hub_in_reach
+from .report import (
+    RunFiles,
+    card_header,
+    card_section,
+    chosen_metrics,
+    curve_png,
+    merge_card,
+    public_command,
+    public_settings,
+    read_run,
+)
+
+T = TypeVar('T')
+WEIGHTS = ('last', 'best', 'ema')
+RETRY_SECONDS = (1, 2, 4, 8, 16)
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+
+
+SETTINGS = ('hub_model_id', 'hub_private_repo', 'hub_license', 'hub_weights')  # arguments that are settings
+
+
+def check_hub(repo_id: str, private: bool = False) -> str:
+    """Before any work: a token is there and valid, it may write to the namespace, and the repository exists or is made.
+
+    Args:
+        repo_id: `user/name`, or `name` for the token's own user.
+
+    Returns:
+        `user/name`.
+
+    Raises:
+        UserError: what is missing, and the way out.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+
+    flag = f'--hub-model-id {repo_id}'
+    if get_token() is None:
+        raise UserError('--push-to-hub: no token; set HF_TOKEN, or log in with `hf auth login`')
+    if not hub_in_reach():
+        raise UserError('--push-to-hub: the Hub is out of reach (no network, or HF_HUB_OFFLINE is set)')
+    api = HfApi()
+    user = _tried(api.whoami, '--push-to-hub')
+    name = user['name']
+    if (user.get('auth') or {}).get('accessToken', {}).get('role') == 'read':
+        raise UserError(f'--push-to-hub: the token of {name} may only read; make one that may write')
+    if '/' not in repo_id:
+        repo_id = f'{name}/{repo_id}'
+    namespace = repo_id.partition('/')[0]
+    writable = [name, *(org['name'] for org in user.get('orgs') or () if org.get('roleInOrg') != 'read')]
+    if namespace not in writable:
+        raise UserError(f'{flag}: the token of {name} may not write to {namespace}; it may to {", ".join(writable)}')
+    try:
+        _tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), flag)
+        _tried(lambda: api.auth_check(repo_id, write=True), flag)
+        return repo_id
+    except HFValidationError as e:
+        raise UserError(f'{flag}: not a name of a repository ({str(e).splitlines()[0]})') from e
+
+
+def push_run(
+    folder: str | Path,
+    hub_model_id: str,
+    *,
+    hub_private_repo: bool = False,
+    hub_license: str = 'apache-2.0',
+    hub_weights: str = 'last',
+    after: BackgroundPush | None = None,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Push a finished run: model.safetensors, config.json, the card, its curve, results.json, args.yaml, summary.csv.
+
+    In the pushed copies local paths are cut to their last component. A card that is there keeps what a person wrote:
+    only the part between our marks, and the figures in its header, are renewed.
+
+    Args:
+        folder: of the run.
+        hub_model_id: `user/name`, or `name` for the token's own user.
+        hub_private_repo: whether a new repository is private.
+        hub_license: for the card's header.
+        hub_weights: `last`, `best` (on the validation split; from its checkpoint) or `ema`.
+        after: pushes that must be done before.
+        say: prints a line.
+
+    Returns:
+        The model's page.
+
+    Raises:
+        UserError: as :func:`check_hub`; weights that the run does not have; a push that failed after all tries.
+    """
+    run = read_run(folder)
+    file = find_weights(run, hub_weights)
+    if after is not None:
+        after.wait()
+    repo_id = check_hub(hub_model_id, hub_private_repo)
+    return _push(run, file, repo_id, hub_license, hub_weights, say)
+
+
+def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, say: Callable[[str], None]) -> str:
+    """Push weights from a file, and all that goes with them, as one commit."""
+    from huggingface_hub import HfApi
+
+    flag = '--push-to-hub'
+    again = f'The run is complete in {run.folder}: `timm-rld push {run.folder} --hub-model-id {repo_id}` pushes it'
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as temporary:
+        files = Path(temporary)
+        existing = _tried(lambda: _read_card(api, repo_id, files), flag, again)
+        write_files(run, file, files, repo_id, license, weights, existing)
+        metrics = chosen_metrics(run, weights)
+        message = f'{weights} weights, epoch {metrics["epoch"]:.0f}, top-1 {metrics["top1"]:.2f}'
+        _tried(lambda: api.upload_folder(repo_id=repo_id, folder_path=files, commit_message=message), flag, again)
+    url = f'{api.endpoint}/{repo_id}'
+    say(f"pushed to {url} ({message}): timm.create_model('hf-hub:{repo_id}', pretrained=True)")
+    return url
+
+
+class BackgroundPush:
+    """Pushes checkpoints that end an epoch while training goes on; where the network is slower, the newest one waits.
+
+    Args:
+        run: folder of the run, with args.yaml and summary.csv.
+        results: of results.json, as far as they are known.
+        student, export: the network, and what writes it into a folder, for its config.json.
+        say: prints a line.
+        hub_strategy: `best`, `every_save`, or `end`: then there is nothing to do here.
+        Others: as in :func:`push_run`; the repository has been checked.
+    """
+
+    def __init__(
+        self, run: Path, results: dict[str, Any], student: Any, export: Callable[..., Path], say: Callable[[str], None],
+        *, hub_strategy: str, hub_model_id: str, hub_private_repo: bool, hub_license: str, hub_weights: str,
+    ) -> None:  # fmt: skip
+        self.run, self.repo_id, self.results = run, hub_model_id, results
+        self.strategy, self.license, self.say = hub_strategy, hub_license, say
+        self.weights = 'ema' if hub_weights == 'ema' else 'last'
+        self.temporary = tempfile.TemporaryDirectory(prefix='timm_rld-push-')
+        self.config = export(student, Path(self.temporary.name) / 'student') / 'config.json'
+        self.settings = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
+        self.waiting: tuple[RunFiles, Path] | None = None
+        self.pushing = False
+        self.busy = threading.Condition()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def __call__(self, checkpoint: Path, history: list[dict[str, float]], outcome: dict[str, Any]) -> None:
+        """Take a checkpoint that has just been written; returns at once."""
+        best = outcome['best_epoch'] == history[-1]['epoch']
+        if self.strategy == 'end' or (self.strategy == 'best' and not best):
+            return
+        file = Path(tempfile.mkdtemp(dir=self.temporary.name)) / 'model.safetensors'
+        shutil.copyfile(checkpoint / ('ema.safetensors' if self.weights == 'ema' else 'model.safetensors'), file)
+        run = RunFiles(
+            self.run, self.settings, {**self.results, **outcome}, [dict(row) for row in history], self.config
+        )
+        with self.busy:
+            if self.waiting:
+                shutil.rmtree(self.waiting[1].parent)
+            self.waiting = run, file
+            self.busy.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self.busy:
+                while not self.waiting:
+                    self.busy.wait()
+                (run, file), self.waiting, self.pushing = self.waiting, None, True
+            try:
+                _push(run, file, self.repo_id, self.license, self.weights, self.say)
+            except Exception as e:
+                self.say(f'note: epoch {run.history[-1]["epoch"]:.0f} was not pushed ({str(e).splitlines()[0]})')
+            finally:
+                shutil.rmtree(file.parent, ignore_errors=True)
+                with self.busy:
+                    self.pushing = False
+                    self.busy.notify_all()
+
+    def wait(self) -> None:
+        """Until nothing is left to push."""
+        with self.busy:
+            while self.waiting or self.pushing:
+                self.busy.wait()
+
+
+def find_weights(run: RunFiles, weights: str) -> Path:
+    """The safetensors file of some weights of a run.
+
+    Raises:
+        UserError: where the run does not have them.
+    """
+    folder = run.folder / ('student_ema' if weights == 'ema' else 'student')
+    file = folder / 'model.safetensors'
+    if weights == 'best' and run.results['best_epoch'] != run.history[-1]['epoch']:
+        file = run.folder / 'checkpoints' / f'student-epoch{run.results["best_epoch"]:04.0f}-end' / 'model.safetensors'
+    if not file.is_file():
+        why = {'ema': 'the run had no --model-ema', 'best': 'its checkpoint is gone'}.get(weights, f'no {file}')
+        raise UserError(f'--hub-weights {weights}: {why}; --hub-weights last is there')
+    return file
+
+
+def write_files(
+    run: RunFiles, weights_file: Path, folder: Path, repo_id: str, license: str, weights: str, existing_card: str | None
+) -> None:
+    """Write what is pushed into a folder; arguments as :func:`push_run`."""
+    shutil.copyfile(run.config, folder / 'config.json')
+    shutil.copyfile(weights_file, folder / 'model.safetensors')
+    results = {**run.results, 'command': public_command(run.results['command'])}
+    for key in ('teacher', 'student'):
+        if results.get(key):
+            results[key] = public_settings({key: results[key]})[key]
+    texts = {
+        'results.json': json.dumps(results, indent=2, ensure_ascii=False),
+        'args.yaml': yaml.safe_dump(public_settings(run.settings), sort_keys=False, allow_unicode=True),
+        'summary.csv': (run.folder / 'summary.csv').read_text(encoding='utf-8'),
+    }
+    curve = curve_png(run.history)
+    if curve is not None:
+        (folder / 'curve.png').write_bytes(curve)
+    section = card_section(run, repo_id, weights, curve is not None)
+    texts['README.md'] = merge_card(existing_card, card_header(run, repo_id, license, weights), section)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding='utf-8')
+
+
+def _read_card(api: Any, repo_id: str, folder: Path) -> str | None:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        path = api.hf_hub_download(repo_id, 'README.md', local_dir=folder / '.card', force_download=True)
+        return Path(path).read_text(encoding='utf-8')
+    except EntryNotFoundError:
+        return None
+    finally:
+        shutil.rmtree(folder / '.card', ignore_errors=True)
+
+
+def _tried(function: Callable[[], T], flag: str, way_out: str = '') -> T:
+    """Call the Hub, again after a while where the failure may pass: a busy or restarting server, a lost connection."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    for wait in (*RETRY_SECONDS, None):
+        try:
+            return function()
+        except HFValidationError:
+            raise
+        except HfHubHTTPError as e:
+            status = e.response.status_code if e.response is not None else 0
+            if status in _TRANSIENT and wait is not None:
+                asked = e.response.headers.get('Retry-After', '')
+                time.sleep(max(wait, min(int(asked), 60) if asked.isdigit() else 0))
+                continue
+            why = {
+                401: 'the token is not valid; set HF_TOKEN to another, or log in again with `hf auth login`',
+                403: 'the token may not write there; give it write access, or name another --hub-model-id',
+            }.get(status, f'the Hub answered {status}' if status else 'the Hub gave no answer')
+        except Exception as e:
+            # the client's HTTP library has another name from version to version
+            library = type(e).__module__.partition('.')[0]
+            if not isinstance(e, OSError) and library not in ('httpx', 'httpx2', 'requests', 'urllib3'):
+                raise
+            if wait is not None:
+                time.sleep(wait)
+                continue
+            why = f'the connection failed ({type(e).__name__})'
+        raise UserError(f'{flag}: {why}' + (f'.\n{way_out}' if way_out else '')) from None
+    raise AssertionError('unreachable')

@@ -1,0 +1,305 @@
+"""What a run's files say, as text and pictures: the model card. Reads files of the run folder only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+
+BEGIN = '<!-- timm_rld begins: what stands between these two lines is written anew by each push -->'
+END = '<!-- timm_rld ends -->'
+_PATH_SETTINGS = ('data_dir', 'output', 'teacher_checkpoint', 'teacher_class_map', 'class_map', 'resume', 'config')
+_CITATIONS = """```bibtex
+@inproceedings{sun2025rld,
+  title     = {Knowledge Distillation with Refined Logits},
+  author    = {Sun, Wujie and Chen, Defang and Lyu, Siwei and Chen, Genlang and Chen, Chun and Wang, Can},
+  booktitle = {ICCV},
+  year      = {2025}
+}
+@misc{rw2019timm,
+  title  = {PyTorch Image Models},
+  author = {Ross Wightman},
+  year   = {2019},
+  doi    = {10.5281/zenodo.4414861},
+  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A finished run, read from its folder.
+
+    Attributes:
+        folder: where it lies.
+        settings: of args.yaml.
+        results: of results.json.
+        history: rows of summary.csv; a figure that is not there is left out.
+        config: config.json of the student.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    history: list[dict[str, float]]
+    config: Path
+
+
+def read_run(folder: str | Path) -> RunFiles:
+    """Read a run folder.
+
+    Raises:
+        UserError: where it is not that of a finished run.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        settings = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
+        results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+        with (folder / 'summary.csv').open(encoding='utf-8') as f:
+            history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        config = folder / 'student' / 'config.json'
+        if not config.is_file():
+            raise FileNotFoundError(2, 'No such file', 'student/config.json')
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        what = os.path.basename(getattr(e, 'filename', None) or '') or str(e).splitlines()[0]
+        raise UserError(
+            f'{folder}: not the folder of a finished run ({what}); --resume finishes one that is not'
+        ) from e
+    return RunFiles(folder, settings, results, history, config)
+
+
+# ------------------------------------------------------------------------------------------------------- local paths
+
+
+def without_local_path(value: str) -> str:
+    """A text with a local path cut to its last component: names of models and datasets stay as they are."""
+    for prefix in ('local-dir:', 'hfds/', 'hfids/', 'wds/', 'torch/'):
+        if value.startswith(prefix):
+            return prefix + without_local_path(value[len(prefix) :])
+    if value.startswith(('/', './', '../', '~', '\\\\')) or (os.sep in value and os.path.exists(value)):
+        return os.path.basename(value.rstrip('/\\')) or value
+    return value
+
+
+def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run without local paths."""
+    found = {}
+    for name, value in settings.items():
+        if isinstance(value, str):
+            value = os.path.basename(value.rstrip('/')) if name in _PATH_SETTINGS else without_local_path(value)
+        found[name] = value
+    return found
+
+
+def public_command(command: str) -> str:
+    """A command line without local paths."""
+    flags = {'--' + name.replace('_', '-') for name in _PATH_SETTINGS}
+    words, is_path = [], False
+    for word in shlex.split(command):
+        name, sep, value = word.partition('=')
+        if is_path and not word.startswith('-'):
+            word = os.path.basename(word.rstrip('/'))
+        elif sep:
+            value = os.path.basename(value.rstrip('/')) if name in flags else without_local_path(value)
+            word = f'{name}={value}'
+        else:
+            word = without_local_path(word)
+        is_path = word in flags
+        words.append(word)
+    return shlex.join(words)
+
+
+# --------------------------------------------------------------------------------------------------------- the card
+
+
+def curve_png(history: list[dict[str, float]]) -> bytes | None:
+    """Loss and accuracy over the epochs as a PNG; None where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(8, 3.2), layout='constrained')
+    FigureCanvasAgg(figure)
+    epochs = [row['epoch'] for row in history]
+    left, right = figure.subplots(1, 2)
+    for axes, names in (
+        (left, {'train_task_loss': 'training, cross-entropy', 'eval_loss': 'validation, cross-entropy'}),
+        (right, {'eval_top1': 'student', 'eval_top1_ema': 'student, averaged weights', 'eval_agreement': 'agreement'}),
+    ):
+        for key, label in names.items():
+            if all(key in row for row in history):
+                axes.plot(epochs, [row[key] for row in history], label=label, marker='.' if len(epochs) < 30 else None)
+        axes.set_xlabel('epoch')
+        axes.legend(frameon=False)
+    left.set_title('loss')
+    right.set_title('validation, %')
+    data = io.BytesIO()
+    figure.savefig(data, format='png', dpi=110, metadata={'Software': None})
+    return data.getvalue()
+
+
+def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict[str, Any]:
+    """The YAML header of the card, as the Hub reads it."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    settings, results = public_settings(run.settings), run.results
+    dataset = _dataset(settings)
+    name = repo_id.partition('/')[2] or repo_id
+    metrics = chosen_metrics(run, weights)
+    evaluated = [
+        EvalResult(
+            task_type='image-classification', task_name='Image Classification', dataset_type=dataset.lower(),
+            dataset_name=dataset, dataset_split=settings['val_split'], metric_type='accuracy', metric_name=label,
+            metric_value=round(metrics[key] / 100, 6),
+        )
+        for key, label in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy')) if metrics.get(key) is not None
+    ]  # fmt: skip
+    header: dict[str, Any] = {
+        'library_name': 'timm',
+        'pipeline_tag': 'image-classification',
+        'license': license,
+        'tags': ['image-classification', 'timm', 'distillation', results['distill'], 'timm_rld'],
+    }
+    kind, _, hub_name = settings['dataset'].partition('/') if settings.get('dataset') else ('', '', '')
+    if kind in ('hfds', 'hfids') and '/' in hub_name:
+        header['datasets'] = [hub_name]
+    teacher = settings.get('teacher') or ''
+    if teacher.startswith('hf-hub:') and results['distill'] != 'none':
+        header['base_model'] = teacher.removeprefix('hf-hub:')
+        header['base_model_relation'] = 'finetune'
+    header['model-index'] = eval_results_to_model_index(name, evaluated)
+    return header
+
+
+def chosen_metrics(run: RunFiles, weights: str) -> dict[str, float | None]:
+    """Top-1, top-5 and epoch of the weights `last`, `best` or `ema`."""
+    last = run.history[-1]
+    if weights == 'ema':
+        return {'top1': last.get('eval_top1_ema'), 'top5': last.get('eval_top5_ema'), 'epoch': last['epoch']}
+    row = run.history[run.results['best_epoch'] - 1] if weights == 'best' else last
+    return {'top1': row['eval_top1'], 'top5': row['eval_top5'], 'epoch': row['epoch']}
+
+
+def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> str:
+    """The card's text, between the two marks."""
+    settings, results = public_settings(run.settings), run.results
+    metrics = chosen_metrics(run, weights)
+    config = json.loads(run.config.read_text(encoding='utf-8'))
+    images = config['pretrained_cfg']
+    said = {
+        'last': 'those of the last epoch',
+        'best': f'those of epoch {metrics["epoch"]:.0f}, chosen as the best on the validation split itself',
+        'ema': 'the moving average of the weights, after the last epoch',
+    }[weights]
+    distilled = results['distill'] != 'none'
+    lines = [BEGIN, '', f'# {repo_id.partition("/")[2] or repo_id}', '']
+    if distilled:
+        learned = f'that learned from `{settings["teacher"]}` by `{results["distill"]}` distillation'
+    else:
+        learned = 'trained without distillation'
+    lines += [f'`{config["architecture"]}` {learned} on {_dataset(settings)}, with timm_rld.', '']
+    lines += ['## Use', '', '```python', *usage(config['architecture'], repo_id), '```', '']
+    rows = [('top-1 of these weights', f'{metrics["top1"]:.2f} %')]
+    if metrics.get('top5') is not None:
+        rows.append(('top-5 of these weights', f'{metrics["top5"]:.2f} %'))
+    rows += [
+        ('top-1, last epoch', f'{results["student_top1"]:.2f} %'),
+        ('top-1, best epoch', f'{results["student_top1_best"]:.2f} % (epoch {results["best_epoch"]:.0f})'),
+    ]
+    if results.get('student_top1_ema') is not None:
+        rows.append(('top-1, averaged weights', f'{results["student_top1_ema"]:.2f} %'))
+    if results.get('teacher_top1') is not None:
+        rows.append(('top-1 of the teacher', f'{results["teacher_top1"]:.2f} %'))
+    if results.get('agreement') is not None:
+        rows.append(('same prediction as the teacher', f'{results["agreement"]:.2f} %'))
+    split = settings['val_split']
+    lines += ['## Figures', '', f'On the split `{split}` of {_dataset(settings)}, each image counted once.', '',
+              '| | |', '| --- | --- |', *(f'| {a} | {b} |' for a, b in rows), '',
+              f'The weights here are {said}.', '']  # fmt: skip
+    if has_curve:
+        lines += ['![Loss and accuracy over the epochs](curve.png)', '']
+    lines += ['## How it was made', '']
+    if distilled:
+        options = ', '.join(f'{k} {v}' for k, v in results['distill_options'].items()) or 'none'
+        teacher = f'- Teacher: `{settings["teacher"]}`'
+        if results.get('teacher_sha256'):
+            teacher += f', SHA-256 of its weights `{results["teacher_sha256"][:16]}…`'
+        if settings.get('teacher_epochs'):
+            teacher += f', fitted here for {settings["teacher_epochs"]} epochs first'
+        lines += [
+            teacher,
+            f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
+            f'cross-entropy {settings["task_loss_weight"]:g}. {results.get("paper") or ""}'.rstrip(' '),
+        ]
+    size = images['input_size']
+    lines += [
+        f'- {results["epochs"]} epochs, seed {results["seed"]}, images of {size[1]}×{size[2]}; '
+        'all settings: `args.yaml`; figures of each epoch: `summary.csv`',
+        f'- Versions: {", ".join(f"{k} {v}" for k, v in results["versions"].items())}',
+        '', '```bash', public_command(results['command']), '```', '',
+        'Not measured: other seeds and datasets, robustness to images unlike those of this split, speed, calibration.',
+        '', '## Cite', '', _CITATIONS, '', END,
+    ]  # fmt: skip
+    return '\n'.join(lines)
+
+
+def usage(architecture: str, repo_id: str) -> list[str]:
+    """Lines of Python that load the model; networks of ours need our registration first."""
+    ours = ['import timm_rld  # registers the network'] if architecture.startswith('cifar_') else []
+    return [
+        *ours,
+        'import timm',
+        'from PIL import Image',
+        f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()",
+        'config = timm.data.resolve_data_config({}, model=model, use_test_size=True)',
+        'transform = timm.data.create_transform(**config)',
+        "probabilities = model(transform(Image.open('image.png').convert('RGB')).unsqueeze(0)).softmax(-1)",
+    ]
+
+
+def merge_card(existing: str | None, header: dict[str, Any], section: str) -> str:
+    """A card, or one that is there with our part renewed: the text between the marks, and `model-index` in the header.
+    What a person wrote around them stays."""
+    dump = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    if not existing:
+        return f'---\n{dump}---\n\n{section}\n'
+    front, body = _split_header(existing)
+    if front is not None:
+        front = {**front, 'model-index': header['model-index']}
+        dump = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    if BEGIN in body and END in body.partition(BEGIN)[2]:
+        before, _, rest = body.partition(BEGIN)
+        body = before + section + rest.partition(END)[2]
+    else:
+        body = f'{body.rstrip()}\n\n{section}\n'
+    return f'---\n{dump}---\n{body}'
+
+
+def _split_header(text: str) -> tuple[dict[str, Any] | None, str]:
+    if text.startswith('---\n') and '\n---\n' in text[3:]:
+        head, _, body = text[4:].partition('\n---\n')
+        try:
+            data = yaml.safe_load(head)
+        except yaml.YAMLError:
+            return None, text
+        if isinstance(data, dict):
+            return data, body
+    return None, '\n' + text
+
+
+def _dataset(settings: dict[str, Any]) -> str:
+    name = settings.get('dataset') or settings.get('data_dir')
+    if name is None:
+        return 'UCI handwritten digits'
+    return name.partition('/')[2] if name.startswith(('hfds/', 'hfids/', 'wds/', 'torch/')) else name
