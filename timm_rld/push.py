@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -116,9 +117,12 @@ def push_run(
 def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, say: Callable[[str], None]) -> str:
     """Push weights from a file, and all that goes with them, as one commit."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
     flag = '--push-to-hub'
     again = f'The run is complete in {run.folder}: `timm-rld push {run.folder} --hub-model-id {repo_id}` pushes it'
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     api = HfApi()
     with tempfile.TemporaryDirectory() as temporary:
         files = Path(temporary)
@@ -162,6 +166,8 @@ class BackgroundPush:
     def __call__(self, checkpoint: Path, history: list[dict[str, float]], outcome: dict[str, Any]) -> None:
         """Take a checkpoint that has just been written; returns at once."""
         best = outcome['best_epoch'] == history[-1]['epoch']
+        if history[-1]['epoch'] == self.settings['epochs']:
+            return  # the end pushes it
         if self.strategy == 'end' or (self.strategy == 'best' and not best):
             return
         file = Path(tempfile.mkdtemp(dir=self.temporary.name)) / 'model.safetensors'

@@ -159,7 +159,7 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
     metrics = chosen_metrics(run, weights)
     evaluated = [
         EvalResult(
-            task_type='image-classification', task_name='Image Classification', dataset_type=dataset.lower(),
+            task_type='image-classification', task_name='Image Classification', dataset_type=dataset.lower().replace(' ', '-'),
             dataset_name=dataset, dataset_split=settings['val_split'], metric_type='accuracy', metric_name=label,
             metric_value=round(metrics[key] / 100, 6),
         )
@@ -236,7 +236,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         if results.get('teacher_sha256'):
             teacher += f', SHA-256 of its weights `{results["teacher_sha256"][:16]}…`'
         if settings.get('teacher_epochs'):
-            teacher += f', fitted here for {settings["teacher_epochs"]} epochs first'
+            teacher += f', fitted here first (epochs: {settings["teacher_epochs"]})'
         lines += [
             teacher,
             f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
