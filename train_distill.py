@@ -37,7 +37,6 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         distill_warmup_epochs=row.warmup_epochs,
     )  # fmt: skip
     say = accelerator.print
-    runs.check_unfinished(config)
     if config.push_to_hub:
         check = functools.partial(push.check_hub, config.hub_model_id, config.hub_private_repo)
         config.hub_model_id = runs.main_only(accelerator, check)
@@ -91,7 +90,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     # ---- teacher
     fitted = run_folder / 'teacher' / 'model.safetensors'
-    if fit_teacher and fitted.exists():  # by the run that goes on
+    if fit_teacher and runs.teacher_is_fitted(run_folder, fitted):  # by an earlier process
         teacher.model.load_state_dict(pairing.load_weights(str(fitted), '--resume'))
     elif fit_teacher:
         model = teacher.model.requires_grad_(True)
@@ -102,6 +101,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         teacher.requires_grad_(False).eval()
         if accelerator.is_main_process:
             export_model(model, fitted.parent, data_config=pair.teacher_data_config, label_names=class_names)
+            runs.seal_teacher(run_folder, fitted)
     if fit_teacher:
         teacher_top1, reference = judge()
 

@@ -82,6 +82,9 @@ def test_the_same_call_goes_on_with_what_is_missing_and_more_criteria_can_be_add
         (['--criteria', 'kd', 'kd'], 2, '--criteria: kd is there twice'),
         (['--criteria', 'kdd'], 2, "unknown criterion 'kdd'"),
         (['--criteria', 'kd:beta=1'], 2, "criterion 'kd' has no option 'beta'"),
+        (['--criteria', 'kd:standardize=on'], 2, 'standardize must be true or false, got on'),
+        (['--criteria', 'rld:beta=abc'], 2, '--criteria rld:beta=abc: '),
+        (['--seeds', '-1'], 2, '--seed: must be at least 0'),
         (['--criteria', 'kd:beta'], 2, 'expected name=value after the colon'),
     ],
 )
@@ -98,6 +101,7 @@ def test_a_run_that_fails_is_named_with_its_message_and_log(compared, capsys, tm
 
 
 def test_a_variant_is_its_flags():
+    assert parse_variant('mlkd:temperatures=[2,3]').flags[-1] == 'temperatures=[2,3]'
     assert parse_variant('kd:standardize=true,temperature=3,task_loss_weight=0.5').flags == (
         '--distill', 'kd', '--standardize', '--task-loss-weight', '0.5', '--distill-kwargs', 'temperature=3',
     )  # fmt: skip

@@ -89,6 +89,14 @@ def test_the_gradient_of_rld_is_that_of_its_two_terms(alpha_temperature):
     assert torch.autograd.gradcheck(lambda s: create_distill_loss('rld', **options)(s, teacher, target), student)
 
 
+def test_a_second_derivative_of_rld_is_an_error_and_not_a_wrong_number():
+    student, teacher, target = logits()
+    (gradient,) = torch.autograd.grad(create_distill_loss('rld')(student, teacher, target), student, create_graph=False)
+    assert not gradient.requires_grad
+    with pytest.raises(RuntimeError, match='no second derivative'):
+        torch.autograd.grad(create_distill_loss('rld')(student, teacher, target), student, create_graph=True)
+
+
 def test_masked_correlation_is_zero_where_the_true_class_is_ranked_last():
     student, teacher, _ = logits()
     student.grad = None

@@ -191,13 +191,65 @@ def test_more_epochs_workers_and_log_lines_are_fine(stopped_run, capsys):
 
 
 def test_a_dataset_that_has_changed_is_refused_by_name(stopped_run, capsys, folder, tmp_path):
+    run = copy_of(stopped_run, tmp_path)
+    facts = json.loads((run / 'facts.json').read_text())
+    (run / 'facts.json').write_text(json.dumps({**facts, 'training images': 40}))
+    assert main(['--resume', str(tmp_path / 'run')]) == 1
+    assert 'was begun with training images 40, now 41' in capsys.readouterr().err
+
+
+def copy_of(stopped_run: list[str], tmp_path: Path) -> Path:
+    """An unfinished copy of the run."""
     run = Path(stopped_run[stopped_run.index('--output') + 1]) / 'run'
     shutil.copytree(run, tmp_path / 'run')
     (tmp_path / 'run' / 'results.json').unlink()
-    facts = json.loads((tmp_path / 'run' / 'facts.json').read_text())
-    (tmp_path / 'run' / 'facts.json').write_text(json.dumps({**facts, 'training images': 40}))
-    assert main(['--resume', str(tmp_path / 'run')]) == 1
-    assert 'was begun with training images 40, now 41' in capsys.readouterr().err
+    return tmp_path / 'run'
+
+
+def test_files_that_would_hide_a_change_are_refused(stopped_run, capsys, tmp_path, folder):
+    run = copy_of(stopped_run, tmp_path)
+    args, facts = run / 'args.yaml', run / 'facts.json'
+    text = args.read_text()
+    args.write_text(text.replace('smoothing: 0.1', 'smoothing: 0.5'))
+    assert main(['--resume', str(run)]) == 1
+    assert 'args.yaml has been edited since the run began' in capsys.readouterr().err
+    args.write_text('')
+    assert main(['--resume', str(run)]) == 2
+    assert f'--resume {args}: expected a mapping' in capsys.readouterr().err
+    args.write_text(text)
+    facts.write_text('')
+    assert main(['--resume', str(run)]) == 1
+    assert 'facts.json is missing or damaged' in capsys.readouterr().err
+
+
+def test_other_labels_of_the_same_number_of_files_are_refused(stopped_run, capsys, tmp_path, folder):
+    images, output = tmp_path / 'images', tmp_path / 'out'
+    shutil.copytree(folder, images)
+    argv = [str(images) if x == str(folder) else x for x in stopped_run]
+    argv[argv.index('--output') + 1] = str(output)
+    assert main([*argv, '--epochs', '1']) == 0
+    (output / 'run' / 'results.json').unlink()
+    for name, other, file in (('pear', 'apple', '001.png'), ('apple', 'pear', '000.png')):
+        (images / 'train' / name / file).rename(images / 'train' / other / file)
+    assert main(['--resume', str(output / 'run')]) == 1
+    assert 'was begun with files and labels (a digest)' in capsys.readouterr().err
+
+
+def test_a_damaged_fitted_teacher_is_named_with_the_way_out(flags, tmp_path, capsys):
+    flags = [*flags, '--teacher', 'test_resnet', '--teacher-epochs', '1', '--no-teacher-pretrained', '--epochs', '1']
+    assert main([*flags, '--experiment', 'run']) == 0
+    (tmp_path / 'run' / 'results.json').unlink()
+    weights = tmp_path / 'run' / 'teacher' / 'model.safetensors'
+    data = bytearray(weights.read_bytes())
+    data[-100:] = bytes(100)
+    weights.write_bytes(data)
+    assert main([*flags, '--experiment', 'run']) == 1
+    assert f'{weights}: is damaged or gone; delete {tmp_path}/run/teacher.sha256' in capsys.readouterr().err
+
+
+def test_a_finished_run_under_other_settings_is_refused(stopped_run, capsys):
+    assert main([*stopped_run, '--epochs', '2', '--resume', 'auto', '--distill', 'kd']) == 1
+    assert '--distill rld, not kd' in capsys.readouterr().err
 
 
 def test_a_finished_run_says_so_and_a_fresh_one_too(stopped_run, capsys, tmp_path):

@@ -7,7 +7,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -17,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import FIELDS, Config, flag_of, load_yaml, parse_args, resolve, to_yaml
-from .errors import UsageError, UserError
+from .config import FIELDS, Config, flag_of, load_yaml, parse_args, resolve, to_yaml, write_whole
+from .errors import Stopped, UsageError, UserError
 from .loss import choose_criterion
 
 # 97.5% quantiles of Student's t for 1, 2, … degrees of freedom
@@ -51,20 +53,25 @@ def parse_variant(text: str) -> Variant:
     """
     name, _, rest = text.partition(':')
     options, flags = [], ['--distill', name]
-    for item in filter(None, rest.split(',')):
+    for item in filter(None, re.split(r',(?![^\[]*\])', rest)):  # not within a list
         key, sep, value = item.partition('=')
         if not sep:
             raise UsageError(f"--criteria {text}: expected name=value after the colon, got '{item}'")
         if key == 'standardize':
-            flags += ['--standardize' if value.lower() in ('1', 'true', 'yes') else '--no-standardize']
+            if value.lower() not in ('true', 'false'):
+                raise UsageError(f'--criteria {text}: standardize must be true or false, got {value}')
+            flags += ['--standardize' if value.lower() == 'true' else '--no-standardize']
         elif key in _OF_CRITERION:
             flags += [flag_of(key), value]
         else:
             options.append(item)
     if options:
         flags += ['--distill-kwargs', *options]
-    config = parse_args(flags)
-    choose_criterion(config.distill, config.standardize, config.distill_kwargs)
+    try:
+        config = parse_args(flags)
+        choose_criterion(config.distill, config.standardize, config.distill_kwargs)
+    except UsageError as e:
+        raise UsageError(f'--criteria {text}: {str(e).partition(": ")[2]}') from e
     return Variant(text, tuple(flags))
 
 
@@ -148,7 +155,8 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         by_name.setdefault(row['criterion'], {})[row['seed']] = row
     none = next((runs for name, runs in by_name.items() if name == 'none'), None)
-    rld = next((runs for name, runs in by_name.items() if name.partition(':')[0] == 'rld'), None)
+    variants = (runs for name, runs in by_name.items() if name.partition(':')[0] == 'rld')
+    rld = by_name.get('rld') or next(variants, None)
     found = []
     for name, runs in by_name.items():
         entry: dict[str, Any] = {'criterion': name, 'seeds': len(runs)}
@@ -221,6 +229,8 @@ def _check(criteria: Sequence[str], seeds: Sequence[int], flags: list[str]) -> C
             )
     if config.student is None or config.teacher is None:
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
+    for seed in seeds:
+        parse_args(['--seed', str(seed)])
     resolve(config)
     return config
 
@@ -233,10 +243,10 @@ def _claim(output: Path, config: Config) -> None:
         if not file.exists():
             if any(output.iterdir()):
                 raise UserError(f'--output {output}: is not empty; name another folder')
-            file.write_text(to_yaml(config), encoding='utf-8')
+            write_whole(file, to_yaml(config))
     except OSError as e:
         raise UserError(f'--output {output}: cannot be written ({e.strerror})') from e
-    there = load_yaml(str(file))
+    there = load_yaml(str(file), '--output')
     for name, value in dataclasses.asdict(config).items():
         if there.get(name) != value:
             raise UserError(
@@ -251,11 +261,11 @@ def _run(command: list[str], folder: Path, title: str, say: Callable[[str], None
     if done.exists():
         say(f'{title}: already there')
         return json.loads(done.read_text(encoding='utf-8'))
-    log = folder.with_suffix('.log')
+    log = folder.with_name(f'{folder.name}.log')
     started = time.perf_counter()
     command = [*command, '--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
     with log.open('w', encoding='utf-8') as f:
-        code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ).returncode
+        code = _wait(subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ))
     if code or not done.exists():
         tail = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:]
         raise UserError(f'{title} failed with code {code}: {"".join(tail)}\nits output is in {log}')
@@ -264,6 +274,23 @@ def _run(command: list[str], folder: Path, title: str, say: Callable[[str], None
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     say(f'{title}: top-1 {top1:.2f} ({minutes}:{seconds:02})')
     return results
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """The exit code of a run. It is told to stop when we are, and then has time for a checkpoint."""
+
+    def told(number: int, _: object) -> None:
+        raise Stopped('stopped by SIGTERM; the same command goes on', 128 + number)
+
+    before = signal.signal(signal.SIGTERM, told)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _slug(label: str) -> str:

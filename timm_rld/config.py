@@ -423,8 +423,18 @@ def find_recipe(path: str) -> Path:
     return Path(path)
 
 
-def load_yaml(path: str) -> dict[str, Any]:
-    """Read a configuration file.
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, whenever the process or the machine stops."""
+    part = path.with_name(f'.{path.name}.tmp')
+    with part.open('w', encoding='utf-8') as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def load_yaml(path: str, flag: str = '--config') -> dict[str, Any]:
+    """Read a configuration file; ``flag`` is named in messages.
 
     Returns:
         Checked and converted values by field name.
@@ -435,22 +445,20 @@ def load_yaml(path: str) -> dict[str, Any]:
     try:
         data = yaml.load(find_recipe(path).read_text(encoding='utf-8'), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(
-            f'--config {path}: cannot be read ({getattr(e, "strerror", None) or "not a text file"})'
-        ) from e
+        raise UsageError(f'{flag} {path}: cannot be read ({getattr(e, "strerror", None) or "not a text file"})') from e
     except yaml.YAMLError as e:
-        raise UsageError(f'--config {path}: not valid YAML ({" ".join(str(e).split())})') from e
+        raise UsageError(f'{flag} {path}: not valid YAML ({" ".join(str(e).split())})') from e
     if not isinstance(data, dict):
         kind = 'empty' if data is None else f'a {type(data).__name__}'
-        raise UsageError(f'--config {path}: expected a mapping of settings (name: value), the file is {kind}')
+        raise UsageError(f'{flag} {path}: expected a mapping of settings (name: value), the file is {kind}')
     values = {}
     for key, value in data.items():
         if key not in FIELDS:
-            raise UsageError(f"--config {path}: unknown key '{key}'{did_you_mean(str(key), FIELDS, 1)}")
+            raise UsageError(f"{flag} {path}: unknown key '{key}'{did_you_mean(str(key), FIELDS, 1)}")
         try:
             values[key] = _check_value(key, value)
         except ValueError as e:
-            raise UsageError(f'--config {path}: {key}: {e}') from None
+            raise UsageError(f'{flag} {path}: {key}: {e}') from None
     return values
 
 
@@ -559,7 +567,7 @@ def parse_args(
         if from_file:
             raise UsageError(f'--resume {resume}: a run goes on with its own settings; leave --config out')
         run = run_of(resume)
-        from_file = {**load_yaml(str(run / 'args.yaml')), 'output': str(run.parent), 'experiment': run.name}
+        from_file = {**load_yaml(str(run / 'args.yaml'), '--resume'), 'output': str(run.parent), 'experiment': run.name}
     return Config(**{**_still_meant(from_file, values), **values})
 
 

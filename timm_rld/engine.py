@@ -372,6 +372,11 @@ def fit(
             if stop and epoch < epochs:
                 raise stopped(stop)
             epoch, first = epoch + 1, 0
+        if title == 'teacher':  # there is more to come: the student
+            epoch = epochs
+            (stop,) = highest(accelerator, signals.received)
+            if stop:
+                raise stopped(stop)
     task.trainable_module = accelerator.unwrap_model(
         task.trainable_module, keep_fp32_wrapper=False, keep_torch_compile=False
     )

@@ -34,6 +34,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.received:
+            return  # the process is about to end; a repeated signal must not end it sooner
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

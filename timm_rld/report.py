@@ -159,8 +159,9 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
     metrics = chosen_metrics(run, weights)
     evaluated = [
         EvalResult(
-            task_type='image-classification', task_name='Image Classification', dataset_type=dataset.lower().replace(' ', '-'),
-            dataset_name=dataset, dataset_split=settings['val_split'], metric_type='accuracy', metric_name=label,
+            task_type='image-classification', task_name='Image Classification',
+            dataset_type=dataset.lower().replace(' ', '-'), dataset_name=dataset,
+            dataset_split=settings['val_split'], metric_type='accuracy', metric_name=label,
             metric_value=round(metrics[key] / 100, 6),
         )
         for key, label in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy')) if metrics.get(key) is not None

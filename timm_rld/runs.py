@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import Config, flag_of, load_yaml, load_yaml_text, to_yaml, warmup_epochs
+from .config import Config, flag_of, load_yaml, load_yaml_text, to_yaml, warmup_epochs, write_whole
 from .errors import Stopped, UserError
 
 T = TypeVar('T')
@@ -78,6 +78,7 @@ def open_run(config: Config, accelerator: Accelerator, train: Any, val: Any) -> 
         train, val: the splits.
 
     Raises:
+        Stopped: with exit code 0, where the run that is to go on has finished.
         UserError: where it holds files already, cannot be written, is in use by another run, or where the run that is
             to go on has other settings or facts.
     """
@@ -89,7 +90,7 @@ def open_run(config: Config, accelerator: Accelerator, train: Any, val: Any) -> 
     )
     (name,) = broadcast_object_list([name])  # another rank may be a second later
     folder = Path(config.output or 'output').expanduser() / name
-    problem = None
+    problem, finished = None, False
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -102,31 +103,38 @@ def open_run(config: Config, accelerator: Accelerator, train: Any, val: Any) -> 
                 raise UserError(f'--output/--experiment: {folder} is not empty; {way_out}name another --experiment')
             if any((folder / part).exists() for part in ('checkpoints', 'teacher')):
                 _check_same(folder, config, facts)
+                finished = _finished(folder, config)
             elif config.resume:
                 accelerator.print(f'--resume {config.resume}: nothing to go on from in {folder}, a fresh run')
-            (folder / 'facts.json').write_text(json.dumps(facts, indent=1), encoding='utf-8')
-            (folder / 'args.yaml').write_text(to_yaml(dataclasses.replace(config, resume=None)), encoding='utf-8')
+            for file, text in (
+                ('args.yaml', to_yaml(dataclasses.replace(config, resume=None))),
+                ('facts.json', json.dumps({**facts, 'settings': _digest_of(dataclasses.asdict(config))}, indent=1)),
+            ):
+                if not (folder / file).exists() or (folder / file).read_text(encoding='utf-8') != text:
+                    write_whole(folder / file, text)
         except OSError as e:
             problem = UserError(f'--output: {folder} cannot be written ({e.strerror})')
         except UserError as e:
             problem = e
     raise_on_all(problem)
+    if broadcast_object_list([finished])[0]:
+        raise Stopped(f'{folder} has finished, there is nothing to go on with', 0)
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.project_configuration.logging_dir = str(folder)
     return folder
 
 
-def check_unfinished(config: Config) -> None:
-    """Raise Stopped, with exit code 0, where the run that `--resume` names has nothing left to do."""
-    if config.resume is None:
-        return
-    folder = Path(config.output or 'output').expanduser() / config.experiment
+def _finished(folder: Path, config: Config) -> bool:
     try:
-        results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return
-    if results.get('epochs') == config.epochs:
-        raise Stopped(f'{folder} has finished, there is nothing to go on with', 0)
+        return json.loads((folder / 'results.json').read_text(encoding='utf-8'))['epochs'] == config.epochs
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _digest_of(settings: dict[str, Any]) -> str:
+    """Of the settings that must not change while a run lasts."""
+    kept = {k: v for k, v in settings.items() if k not in _HARMLESS and k != 'epochs'}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _lock(folder: Path) -> None:
@@ -150,7 +158,7 @@ def _lock(folder: Path) -> None:
 
 def _check_same(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     """Refuse to go on where the result would not be that of the run that began."""
-    there = {**load_yaml_text(to_yaml(Config())), **load_yaml(str(folder / 'args.yaml'))}
+    there = {**load_yaml_text(to_yaml(Config())), **load_yaml(str(folder / 'args.yaml'), '--resume')}
     ours = load_yaml_text(to_yaml(config))
     changed = []
     for name, value in ours.items():
@@ -167,11 +175,17 @@ def _check_same(folder: Path, config: Config, facts: dict[str, Any]) -> None:
         )
     try:
         begun = json.loads((folder / 'facts.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        begun = {}
+        settings_then = begun.pop('settings')
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f'--resume: {folder}/facts.json is missing or damaged, so it cannot be told whether data and machine are '
+            'those of the run; start anew under another --experiment'
+        ) from e
+    if settings_then != _digest_of(there):
+        raise UserError(f'--resume: {folder}/args.yaml has been edited since the run began; undo that, or start anew')
     for name, value in facts.items():
-        if name in begun and begun[name] != value:
-            raise UserError(f'--resume: {folder} was begun with {name} {begun[name]}, now {value}: another result')
+        if begun.get(name) != value:
+            raise UserError(f'--resume: {folder} was begun with {name} {begun.get(name)}, now {value}: another result')
 
 
 def _may_be_longer(config: Config, there: dict[str, Any]) -> bool:
@@ -183,7 +197,6 @@ def _may_be_longer(config: Config, there: dict[str, Any]) -> bool:
 
 def _gather_facts(accelerator: Accelerator, train: Any, val: Any, workers: int) -> dict[str, Any]:
     """What a result depends on beside the settings: data, processes, threads."""
-    names = train.class_names or []
     on_cpu = accelerator.device.type == 'cpu'
     return {
         'processes': accelerator.num_processes,
@@ -193,7 +206,7 @@ def _gather_facts(accelerator: Accelerator, train: Any, val: Any, workers: int) 
         'training images': len(train),
         'validation images': len(val),
         'classes': train.num_classes,
-        'class names (a digest)': hashlib.sha256('\n'.join(names).encode()).hexdigest()[:12],
+        'files and labels (a digest)': f'{train.digest()} {val.digest()}',
     }
 
 
@@ -208,9 +221,26 @@ def write_results(run: Path, results: dict[str, Any]) -> None:
     bad = run / 'bad_images.txt'
     if bad.exists():
         results = {**results, 'bad_images': len(bad.read_text(encoding='utf-8').splitlines())}
-    part = run / '.results.json.tmp'
-    part.write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding='utf-8')
-    os.replace(part, run / 'results.json')
+    write_whole(run / 'results.json', json.dumps(results, indent=2, ensure_ascii=False))
+
+
+def seal_teacher(run: Path, weights: Path) -> None:
+    """Note that a teacher is fitted, and what its file holds."""
+    write_whole(run / 'teacher.sha256', hashlib.sha256(weights.read_bytes()).hexdigest())
+
+
+def teacher_is_fitted(run: Path, weights: Path) -> bool:
+    """Whether an earlier process has fitted the teacher.
+
+    Raises:
+        UserError: where its file is not what was written.
+    """
+    seal = run / 'teacher.sha256'
+    if not seal.exists():
+        return False
+    if not weights.exists() or hashlib.sha256(weights.read_bytes()).hexdigest() != seal.read_text(encoding='utf-8'):
+        raise UserError(f'{weights}: is damaged or gone; delete {seal} to fit the teacher again')
+    return True
 
 
 def outcome(history: list[dict[str, float]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,20 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def digest(self) -> str:
+        """A short digest of what the split holds, as far as it can be told without reading images: file names and
+        labels of folders, labels of Hub datasets, else only the length; and the class names."""
+        digest = hashlib.sha256(repr((len(self), self.class_names)).encode())
+        reader = getattr(self.dataset, 'reader', None)
+        samples, columns = getattr(reader, 'samples', None), getattr(reader, 'dataset', None)
+        if samples and isinstance(samples[0][0], str):
+            start = len(str(reader.root))
+            for path, target in samples:
+                digest.update(f'{path[start:]}\0{target}\n'.encode())
+        elif not self.streamed and hasattr(columns, 'unique') and reader.label_key in columns.column_names:
+            digest.update(repr(list(columns[reader.label_key])).encode())
+        return digest.hexdigest()[:12]
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Decode one image. timm's own `__getitem__` would put the next image in the place of a broken one.

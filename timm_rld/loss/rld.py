@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._base import DistillLoss, check_temperature, check_weight
 from ._ops import binary_log_probs, kl_rows
@@ -188,9 +187,13 @@ class _RefinedLogits(torch.autograd.Function):
         return alpha * scd + beta * mcd, *figures
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                'RLD has no second derivative (create_graph=True); its two terms, sample_confidence_loss and '
+                'masked_correlation_loss, have one'
+            )
         return grad * grad_loss, *[None] * 6
 
 

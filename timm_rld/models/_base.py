@@ -69,7 +69,7 @@ class CifarNet(nn.Module):
         """Features through one stage's modules."""
         for name in names:
             stage = self.get_submodule(name)
-            if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+            if self.grad_checkpointing and self.training:
                 x = checkpoint_seq(stage, x)
             else:
                 x = stage(x)
