@@ -83,6 +83,16 @@ def trained_teacher(tmp_path_factory, folder) -> Path:
     return export_model(model, tmp_path_factory.mktemp('teacher') / 'teacher', data_config=config, label_names=CLASSES)
 
 
+@pytest.fixture(scope='session')
+def stable():
+    """Where training processes come from that may be killed."""
+    from victims import Stable
+
+    stable = Stable()
+    yield stable
+    stable.close()
+
+
 @pytest.fixture
 def tiny(folder, tmp_path) -> list[str]:
     """Flags of a run of seconds on `folder`."""

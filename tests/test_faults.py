@@ -15,19 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from victims import Stable
 
 from timm_rld import checkpoint
 from timm_rld.checkpoint import Checkpoints
 from timm_rld.task import DistillationTask
 from train_distill import main
-
-
-@pytest.fixture(scope='module')
-def stable():
-    stable = Stable()
-    yield stable
-    stable.close()
 
 
 @pytest.fixture

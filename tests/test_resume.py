@@ -14,18 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from victims import Stable, kill_until_done
+from victims import kill_until_done
 
 from timm_rld.checkpoint import Checkpoint, Checkpoints, Damaged, Position, read_checkpoint
 from timm_rld.errors import UserError
 from train_distill import main
-
-
-@pytest.fixture(scope='module')
-def stable():
-    stable = Stable()
-    yield stable
-    stable.close()
 
 
 @pytest.fixture

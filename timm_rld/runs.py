@@ -28,8 +28,8 @@ from .errors import Stopped, UserError
 T = TypeVar('T')
 
 
-def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Call a function on the main process, then on the others; what goes wrong on the first is raised on all."""
+def _on_main(accelerator: Accelerator, function: Callable[[], T]) -> T | None:
+    """Call a function on the main process alone; what goes wrong there is raised on all."""
     result = problem = None
     if accelerator.is_main_process:
         try:
@@ -37,19 +37,18 @@ def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
         except UserError as e:
             problem = e
     raise_on_all(problem)
+    return result
+
+
+def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call a function on the main process, then on the others."""
+    result = _on_main(accelerator, function)
     return result if accelerator.is_main_process else function()
 
 
 def main_only(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Call a function on the main process; its result, or what went wrong, reaches all."""
-    result = problem = None
-    if accelerator.is_main_process:
-        try:
-            result = function()
-        except UserError as e:
-            problem = e
-    raise_on_all(problem)
-    return broadcast_object_list([result])[0]
+    """Call a function on the main process alone; its result reaches all."""
+    return broadcast_object_list([_on_main(accelerator, function)])[0]
 
 
 def raise_on_all(problem: UserError | None) -> None:
