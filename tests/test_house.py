@@ -122,12 +122,20 @@ def test_the_tools_list_what_there_is(argv, capsys):
     assert {'criteria': 'rld', 'recipes': 'quickstart.yaml', 'models': 'resnet'}[argv[1]] in out
 
 
-@pytest.mark.parametrize('argv', [[], ['lst'], ['list', 'recipe']])
+@pytest.mark.parametrize('argv', [['lst'], ['list', 'recipe']])
 def test_a_wrong_verb_exits_with_2_and_a_line(argv, capsys):
     from timm_rld.__main__ import main
 
     assert main(argv) == 2
     assert capsys.readouterr().err.startswith('timm-rld: error: ')
+
+
+def test_the_tools_alone_show_their_help(capsys):
+    from timm_rld.__main__ import main
+
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in ('compare', 'push', 'bench', 'list'))
 
 
 @pytest.mark.parametrize('name', list(CRITERIA))

@@ -153,11 +153,11 @@ def test_several_pushes_are_a_commit_each_and_keep_what_a_person_wrote(hub, run)
 @pytest.mark.parametrize(
     ('faults', 'message'),
     [
-        ({'whoami': [401]}, '--push-to-hub: the token is not valid'),
+        ({'whoami': [401]}, 'push: the token is not valid'),
         ({'repos/create': [403]}, '--hub-model-id me/student: the token may not write there'),
         ({'auth-check': [403]}, '--hub-model-id me/student: the token may not write there'),
-        ({'/commit/': [503] * 9}, '--push-to-hub: the Hub answered 503'),
-        ({'/commit/': ['reset'] * 9}, '--push-to-hub: the connection failed'),
+        ({'/commit/': [503] * 9}, 'push: the Hub answered 503'),
+        ({'/commit/': ['reset'] * 9}, 'push: the connection failed'),
     ],
 )
 def test_a_fault_that_lasts_is_one_clear_line_and_names_the_way_out(hub, run, faults, message):
@@ -236,7 +236,7 @@ def test_pushes_while_training_goes_on_are_a_commit_each(
     assert main(argv) == 0
     messages = [message for message, _ in hub.commits['me/student']][1:]
     assert 1 <= len(messages) <= most and messages[-1].startswith('last weights, epoch 3')
-    assert 'was not pushed (--push-to-hub: the Hub answered 400' in capsys.readouterr().out
+    assert 'was not pushed (push: the Hub answered 400' in capsys.readouterr().out
     assert hub.files('me/student')['README.md'].decode().count(BEGIN) == 1
     assert (
         hub.files('me/student')['model.safetensors']

@@ -74,7 +74,8 @@ def parse(argv: list[str]) -> None:
 
     verb = verbs.add_parser(
         'compare', help='one pair under several criteria and seeds', allow_abbrev=False,
-        usage='timm-rld compare --criteria NAME … --seeds N … --output DIR [flags of train_distill.py]',
+        usage='timm-rld compare --criteria NAME … --seeds N … --output DIR --teacher NAME --student NAME '
+        '[flags of train_distill.py]',
         description='All else equal; the teacher is fitted once and shared. Interrupted, it goes on where it was.',
     )  # fmt: skip
     verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['none', 'kd', 'dkd', 'rld'],
@@ -85,14 +86,19 @@ def parse(argv: list[str]) -> None:
                       help="in place of python, e.g. 'accelerate launch --num_processes 2'")  # fmt: skip
     verb.set_defaults(run=compare)
 
-    verb = verbs.add_parser('push', help='push a finished run to the Hugging Face Hub', allow_abbrev=False)
+    verb = verbs.add_parser('push', help='push a finished run to the Hugging Face Hub', allow_abbrev=False,
+                             description='The token comes from HF_TOKEN or `hf auth login`.')  # fmt: skip
     verb.add_argument('folder', metavar='RUN', help='a run folder')
     verb.add_argument('--hub-model-id', metavar='USER/NAME', help="default: <student>-<distill> of the token's user")
     verb.add_argument('--hub-private-repo', action='store_true', help='make a new repository private')
     verb.add_argument('--hub-license', metavar='NAME', default='apache-2.0', help='default: apache-2.0')
-    verb.add_argument('--hub-weights', choices=('last', 'best', 'ema'), default='last', help='default: last')
+    which = 'of the last epoch (default), the best on the validation split, or the moving average'
+    verb.add_argument('--hub-weights', choices=('last', 'best', 'ema'), default='last', help=which)
     verb.set_defaults(run=push)
 
+    if not argv:
+        parser.print_help()
+        return
     args, rest = parser.parse_known_args(argv)
     args.flags = rest
     if rest and args.verb != 'compare':

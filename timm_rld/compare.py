@@ -112,7 +112,7 @@ def compare(
     launch = [*(shlex.split(launcher) or [sys.executable]), '-m', 'train_distill']
     fits_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
     jobs = [(v, s, output / f'{_slug(v.label)}-seed{s}') for s in seeds for v in variants]
-    say(f'{len(jobs)} runs in {output}' + (', and a teacher for all' if fits_teacher else ''))
+    say(f'{len(jobs)} run(s) in {output}' + (', and a teacher for all' if fits_teacher else ''))
     common = flags
     if fits_teacher:
         folder = output / 'teacher'
@@ -188,10 +188,13 @@ def markdown(found: dict[str, Any]) -> str:
     teachers = {r['teacher_top1'] for r in found['runs'] if r['teacher_top1'] is not None}
     teacher = f' (top-1 {teachers.pop():.2f})' if len(teachers) == 1 else ''
     shown = ' '.join(map(str, seeds))
+    names = [e['criterion'] for e in found['criteria']]
+    reference = 'rld' if 'rld' in names else next((n for n in names if n.startswith('rld:')), 'RLD')
     lines = [
         f'{found["teacher"]}{teacher} → {found["student"]}, {found["epochs"]} epochs, seeds {shown}.',
         '',
-        '| criterion | top-1, last epoch | best epoch | gain over none | RLD minus this (95%) | agreement | images/s |',
+        '| criterion | top-1, last epoch | best epoch | gain over none | '
+        f'{reference} minus this | agreement | images/s |',
         '| --- | --- | --- | --- | --- | --- | --- |',
     ]
     for e in found['criteria']:
@@ -211,7 +214,12 @@ def markdown(found: dict[str, Any]) -> str:
     else:
         lines += ['', f'± is the standard deviation over {len(seeds)} seeds; of differences, half the 95% interval '
                   '(paired by seed).']  # fmt: skip
-    return '\n'.join([*lines, '`best epoch` is chosen on the validation split itself.', ''])
+    lines += [
+        'Top-1 and agreement (same prediction as the teacher) in percent. `best epoch` is chosen on the validation '
+        'split itself.',
+        '',
+    ]
+    return '\n'.join(lines)
 
 
 def _check(criteria: Sequence[str], seeds: Sequence[int], flags: list[str]) -> Config:
@@ -264,11 +272,11 @@ def _run(command: list[str], folder: Path, title: str, say: Callable[[str], None
     log = folder.with_name(f'{folder.name}.log')
     started = time.perf_counter()
     command = [*command, '--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
-    with log.open('w', encoding='utf-8') as f:
+    with log.open('a', encoding='utf-8') as f:
         code = _wait(subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ))
     if code or not done.exists():
-        tail = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:]
-        raise UserError(f'{title} failed with code {code}: {"".join(tail)}\nits output is in {log}')
+        said = log.read_text(encoding='utf-8', errors='replace').strip().rpartition('error: ')[2]
+        raise UserError(f'{title} failed with code {code}: {said}\nIts output is in {log}')
     results = json.loads(done.read_text(encoding='utf-8'))
     top1 = results.get('student_top1', results['teacher_top1'])
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
@@ -285,6 +293,9 @@ def _wait(process: subprocess.Popen) -> int:
     before = signal.signal(signal.SIGTERM, told)
     try:
         return process.wait()
+    except KeyboardInterrupt:  # which the run has got too
+        process.wait()
+        raise Stopped('interrupted; the same command goes on', 130) from None
     except BaseException:
         process.terminate()
         process.wait()

@@ -261,7 +261,7 @@ def fit(
     def stopped(number: int) -> Stopped:
         message = f'stopped by {signal.Signals(number).name} in epoch {epoch} of the {title}'
         if checkpoints is not None:
-            message += f'; --resume {checkpoints.folder.parent} goes on'
+            message += f'; train_distill.py --resume {checkpoints.folder.parent} goes on'
             if not train_loader.can_start_within:
                 message += ' from the end of the epoch before, as a stream starts at its start'
         return Stopped(message, 128 + number)

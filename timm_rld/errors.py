@@ -72,6 +72,9 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
     except KeyboardInterrupt:
         print(f'{name}: interrupted', file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read us, as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Stopped as e:
         if not rank:
             print(f'{name}: {e}', file=sys.stderr)

@@ -115,7 +115,7 @@ def _how_to_load(model: nn.Module, folder: str) -> str:
     return (
         f'# {model.pretrained_cfg["architecture"]}\n\nA timm model folder, distilled with {__package__}.\n\n```python\n'
         f'{registers if ours else ""}import timm\n\n'
-        f"model = timm.create_model('local-dir:{folder}', pretrained=True).eval()\n"
+        f"model = timm.create_model('local-dir:path/to/{folder}', pretrained=True).eval()\n"
         'config = timm.data.resolve_data_config({}, model=model, use_test_size=True)\n'
         'transform = timm.data.create_transform(**config)\n```\n'
     )

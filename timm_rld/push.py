@@ -54,14 +54,14 @@ def check_hub(repo_id: str, private: bool = False) -> str:
 
     flag = f'--hub-model-id {repo_id}'
     if get_token() is None:
-        raise UserError('--push-to-hub: no token; set HF_TOKEN, or log in with `hf auth login`')
+        raise UserError('push: no token; set HF_TOKEN, or log in with `hf auth login`')
     if not hub_in_reach():
-        raise UserError('--push-to-hub: the Hub is out of reach (no network, or HF_HUB_OFFLINE is set)')
+        raise UserError('push: the Hub is out of reach (no network, or HF_HUB_OFFLINE is set)')
     api = HfApi()
-    user = _tried(api.whoami, '--push-to-hub')
+    user = _tried(api.whoami, 'push')
     name = user['name']
     if (user.get('auth') or {}).get('accessToken', {}).get('role') == 'read':
-        raise UserError(f'--push-to-hub: the token of {name} may only read; make one that may write')
+        raise UserError(f'push: the token of {name} may only read; make one that may write')
     if '/' not in repo_id:
         repo_id = f'{name}/{repo_id}'
     namespace = repo_id.partition('/')[0]
@@ -119,7 +119,7 @@ def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, s
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
-    flag = '--push-to-hub'
+    flag = 'push'
     again = f'The run is complete in {run.folder}: `timm-rld push {run.folder} --hub-model-id {repo_id}` pushes it'
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -61,6 +61,8 @@ def read_run(folder: str | Path) -> RunFiles:
         UserError: where it is not that of a finished run.
     """
     folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such folder')
     try:
         settings = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
         results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))

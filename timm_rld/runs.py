@@ -163,6 +163,8 @@ def _check_same(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     for name, value in ours.items():
         if name in _HARMLESS or there.get(name) == value:
             continue
+        if name == 'teacher_lr' and value == ours['lr'] != there['lr'] == there['teacher_lr']:
+            continue  # it follows --lr
         if name == 'epochs' and value > there['epochs'] and _may_be_longer(config, there):
             continue
         why = ' (more epochs would change this schedule)' if name == 'epochs' else ''
