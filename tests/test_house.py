@@ -63,6 +63,13 @@ def test_imports_only_go_down(path):
     assert imports_of(path) - {room} <= FLOORS[room]
 
 
+def test_every_folder_of_code_is_in_the_wheel():
+    tomllib = pytest.importorskip('tomllib')  # Python 3.11
+    listed = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']['packages']
+    folders = {'.'.join(p.parent.relative_to(ROOT).parts) for p in (ROOT / 'timm_rld').rglob('__init__.py')}
+    assert folders <= set(listed)
+
+
 def test_every_room_has_a_floor():
     assert {p.relative_to(ROOT / 'timm_rld').parts[0].removesuffix('.py') for p in modules()} <= set(FLOORS)
 
