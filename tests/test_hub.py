@@ -23,7 +23,7 @@ CONFIG = dict(
 def test_an_exported_model_gives_the_same_logits_and_says_what_it_was_validated_with(name, tmp_path):
     model = timm.create_model(name, num_classes=4).eval()
     folder = export_model(model, tmp_path / 'm ü', data_config=CONFIG, label_names=['a', 'b', 'ç', 'd'])
-    assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'model.safetensors']
+    assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     x = torch.randn(2, 3, 48, 48)
     assert torch.equal(again(x), model(x))

@@ -139,7 +139,7 @@ class Checkpoints:
                 final.rename(self.folder / f'.old-{final.name}')
             part.rename(final)
             _sync(self.folder)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as e:
+        except (OSError, safetensors.SafetensorError) as e:
             shutil.rmtree(part, ignore_errors=True)
             why = getattr(e, 'strerror', None) or str(e).splitlines()[0]
             raise UserError(f'{self.folder}: a checkpoint cannot be written ({why}); the one before is whole') from e
