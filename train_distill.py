@@ -38,7 +38,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     say = accelerator.print
     if config.push_to_hub:
-        check = functools.partial(push.check_hub, config.hub_model_id, config.hub_private_repo)
+        check = functools.partial(push.check_hub, *(getattr(config, s) for s in push.CHECKED))
         config.hub_model_id = runs.main_only(accelerator, check)
 
     # ---- data

@@ -71,7 +71,7 @@ class LoopbackHub:
                 self.send(request, fault, {'error': f'fault {fault}'})
                 return None
         body = self.body(request)
-        anyone = path == '/' or path.startswith('/upload/') or '/resolve/' in path
+        anyone = path in ('/', '/api/validate-yaml') or path.startswith('/upload/') or '/resolve/' in path
         if not anyone and request.headers.get('Authorization') != f'Bearer {TOKEN}':
             return self.send(request, 401, {'error': 'Invalid username or password.'})
         return self.route(request, path, body)

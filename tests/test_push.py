@@ -77,6 +77,7 @@ def test_a_pushed_student_loads_anywhere_with_the_same_logits_and_preprocessing(
     Image.new('RGB', (40, 40), (10, 200, 30)).save(tmp_path / 'image.png')
     code = (
         lines + 'import torch\nx = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)\n'
+        'config = timm.data.resolve_data_config({}, model=model)\n'
         'print(model(x)[0].tolist(), probabilities.sum().item(), config["mean"], model.pretrained_cfg["label_names"])'
     )
     done = in_fresh_process(code, hub, tmp_path)
@@ -147,7 +148,36 @@ def test_several_pushes_are_a_commit_each_and_keep_what_a_person_wrote(hub, run)
     ]  # fmt: skip
     assert again.count(BEGIN) == again.count(END) == 1 and 'license: mit' in again
     assert again.endswith('And a word of mine.\n') and 'the moving average of the weights' in again
-    assert merge_card('Only text of mine.', {'model-index': []}, f'{BEGIN}new{END}').count('Only text of mine.') == 1
+    card = merge_card('Only text of mine.', {'model-index': [], 'tags': []}, f'{BEGIN}\nnew\n{END}')
+    assert card.count('Only text of mine.') == 1
+
+
+SECTION = f'{BEGIN}\nFRESH\n{END}'
+HEADER = {'library_name': 'timm', 'license': 'apache-2.0', 'tags': ['timm'], 'model-index': [1]}
+
+
+@pytest.mark.parametrize(
+    'mine',
+    [
+        f'{BEGIN}\nx\nPRECIOUS',  # the closing mark was lost
+        f'{END}\nPRECIOUS\n{BEGIN}',
+        f'```\n{BEGIN}\n```\nPRECIOUS\n{BEGIN}\nold\n{END}\n',
+        'PRECIOUS',
+    ],
+)
+def test_what_a_person_wrote_around_the_marks_is_never_deleted(mine):
+    card = mine
+    for _ in range(3):
+        card = merge_card(card, HEADER, SECTION)
+        assert 'PRECIOUS' in card and card.count('FRESH') == 1 and 'old' not in card
+
+
+def test_the_header_of_a_person_is_filled_in_and_its_figures_renewed():
+    card = merge_card('\ufeff---  \r\nlicense: mit\r\ntags: [mine]\r\nmodel-index: [0]\r\n---\r\nText', HEADER, SECTION)
+    header = yaml.safe_load(card.split('---\n')[1])
+    assert header == {'library_name': 'timm', 'license': 'mit', 'tags': ['mine', 'timm'], 'model-index': [1]}
+    with pytest.raises(UserError, match='not valid YAML; mend or delete README.md'):
+        merge_card('---\na: [\n---\n', HEADER, SECTION)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +186,8 @@ def test_several_pushes_are_a_commit_each_and_keep_what_a_person_wrote(hub, run)
         ({'whoami': [401]}, 'push: the token is not valid'),
         ({'repos/create': [403]}, '--hub-model-id me/student: the token may not write there'),
         ({'auth-check': [403]}, '--hub-model-id me/student: the token may not write there'),
+        ({'/upload/': [403] * 99}, 'push: the token may not write there'),
+        ({'validate-yaml': [400]}, '--hub-license apache-2.0: the Hub answered 400'),
         ({'/commit/': [503] * 9}, 'push: the Hub answered 503'),
         ({'/commit/': ['reset'] * 9}, 'push: the connection failed'),
     ],
@@ -166,7 +198,8 @@ def test_a_fault_that_lasts_is_one_clear_line_and_names_the_way_out(hub, run, fa
         push.push_run(run, 'me/student', say=lambda _: None)
     assert str(e.value).startswith(message) and TOKEN not in str(e.value)
     if 'commit' in str(faults):
-        assert f'`timm-rld push {run} --hub-model-id me/student` pushes it' in str(e.value)
+        again = f'again: timm-rld push {run} --hub-model-id me/student --hub-weights last --hub-license apache-2.0'
+        assert again in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +210,7 @@ def test_a_fault_that_lasts_is_one_clear_line_and_names_the_way_out(hub, run, fa
         {'/commit/': ['reset']},
         {'/upload/': ['reset']},
         {'preupload': [503]},
+        {'resolve/main/README': [503]},
         {'whoami': [503, 'reset']},
     ],
 )
@@ -266,7 +300,12 @@ def test_local_paths_are_cut_and_names_are_not(tmp_path):
         'train_distill.py --data-dir a --teacher local-dir:t --student resnet18 --dataset hfds/d --config=c.yaml '
         '--teacher-checkpoint x.pth'
     )  # fmt: skip
-    kept = {'teacher': 'hf-hub:user/model', 'dataset': 'hfds/uoft-cs/cifar100', 'aa': 'rand-m9', 'lr': 0.1}
+    hidden = {'model_kwargs': {'f': '/home/x/w.pt', 'g': ['{file: /home/x/w.pt}']}, 'experiment': 'sub/x/e',
+              'output': 'D:\\\\x\\\\o', 'student': 'local-dir:x/t', 'dataset': 'hfds/x/y/d'}  # fmt: skip
+    assert public_settings(hidden) == {'model_kwargs': {'f': 'w.pt', 'g': ['{file: w.pt}']}, 'experiment': 'e',
+                                       'output': 'o', 'student': 'local-dir:t', 'dataset': 'hfds/d'}  # fmt: skip
+    kept = {'teacher': 'hf-hub:user/model', 'dataset': 'hfds/uoft-cs/cifar100', 'aa': 'rand-m9', 'lr': 0.1,
+            'url': 'https://host/a/b'}  # fmt: skip
     assert public_settings(kept) == kept
 
 

@@ -51,7 +51,10 @@ def push(args: argparse.Namespace) -> None:
     from .push import SETTINGS, push_run
     from .report import read_run
 
-    args.hub_model_id = args.hub_model_id or read_run(args.folder).settings['hub_model_id']
+    settings = read_run(args.folder).settings
+    for name in SETTINGS:  # as the run would have
+        if not getattr(args, name):
+            setattr(args, name, settings[name])
     push_run(args.folder, **{name: getattr(args, name) for name in SETTINGS})
 
 
@@ -91,9 +94,9 @@ def parse(argv: list[str]) -> None:
     verb.add_argument('folder', metavar='RUN', help='a run folder')
     verb.add_argument('--hub-model-id', metavar='USER/NAME', help="default: <student>-<distill> of the token's user")
     verb.add_argument('--hub-private-repo', action='store_true', help='make a new repository private')
-    verb.add_argument('--hub-license', metavar='NAME', default='apache-2.0', help='default: apache-2.0')
-    which = 'of the last epoch (default), the best on the validation split, or the moving average'
-    verb.add_argument('--hub-weights', choices=('last', 'best', 'ema'), default='last', help=which)
+    verb.add_argument('--hub-license', metavar='NAME', help="default: the run's")
+    which = "of the last epoch, the best on the validation split, or the moving average (default: the run's)"
+    verb.add_argument('--hub-weights', choices=('last', 'best', 'ema'), help=which)
     verb.set_defaults(run=push)
 
     if not argv:

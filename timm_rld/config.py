@@ -671,7 +671,7 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         # `accelerate launch --gradient_accumulation_steps N` speaks through the environment
         grad_accum_steps=int(accum_env) if accum_env.isdigit() and int(accum_env) > 0 else 1,
     )
-    default(validation_batch_size=c.batch_size, hub_model_id=f'{c.student or "student"}-{c.distill}'.replace(':', '-'))
+    default(validation_batch_size=c.batch_size, hub_model_id=_default_repository(c))
     if c.hub_weights == 'ema' and not c.model_ema:
         raise UsageError('--hub-weights ema: needs --model-ema')
     if c.lr is None:
@@ -707,6 +707,11 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
                 f'--warmup-epochs {c.warmup_epochs}: leaves nothing of {flag} {epochs}; give a smaller one'
             )
     return c
+
+
+def _default_repository(config: Config) -> str:
+    """A name for the Hub: the student's, without what stands before it (`hf-hub:user/`, a folder's path)."""
+    return f'{os.path.basename((config.student or "student").rstrip("/")).rpartition(":")[2]}-{config.distill}'
 
 
 def warmup_epochs(config: Config) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import UserError
+from .errors import Stopped, UserError
 from .hub import hub_in_reach
 from .report import (
     RunFiles,
@@ -35,13 +36,16 @@ _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 
 SETTINGS = ('hub_model_id', 'hub_private_repo', 'hub_license', 'hub_weights')  # arguments that are settings
+CHECKED = ('hub_model_id', 'hub_private_repo', 'hub_license')  # those of check_hub, in order
 
 
-def check_hub(repo_id: str, private: bool = False) -> str:
+def check_hub(repo_id: str, private: bool = False, license: str | None = None) -> str:
     """Before any work: a token is there and valid, it may write to the namespace, and the repository exists or is made.
 
     Args:
         repo_id: `user/name`, or `name` for the token's own user.
+        private: whether a new repository is private.
+        license: of the card; None: not asked about.
 
     Returns:
         `user/name`.
@@ -49,8 +53,9 @@ def check_hub(repo_id: str, private: bool = False) -> str:
     Raises:
         UserError: what is missing, and the way out.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi, ModelCard, get_token
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     flag = f'--hub-model-id {repo_id}'
     if get_token() is None:
@@ -64,16 +69,19 @@ def check_hub(repo_id: str, private: bool = False) -> str:
         raise UserError(f'push: the token of {name} may only read; make one that may write')
     if '/' not in repo_id:
         repo_id = f'{name}/{repo_id}'
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise UserError(f'{flag}: not a name of a repository ({str(e).splitlines()[0]})') from e
     namespace = repo_id.partition('/')[0]
     writable = [name, *(org['name'] for org in user.get('orgs') or () if org.get('roleInOrg') != 'read')]
     if namespace not in writable:
         raise UserError(f'{flag}: the token of {name} may not write to {namespace}; it may to {", ".join(writable)}')
-    try:
-        _tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), flag)
-        _tried(lambda: api.auth_check(repo_id, write=True), flag)
-        return repo_id
-    except HFValidationError as e:
-        raise UserError(f'{flag}: not a name of a repository ({str(e).splitlines()[0]})') from e
+    if license is not None:
+        _tried(ModelCard(f'---\nlicense: {license}\n---\n').validate, f'--hub-license {license}')
+    _tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), flag)
+    _tried(lambda: api.auth_check(repo_id, write=True), flag)
+    return repo_id
 
 
 def push_run(
@@ -110,8 +118,15 @@ def push_run(
     file = find_weights(run, hub_weights)
     if after is not None:
         after.wait()
-    repo_id = check_hub(hub_model_id, hub_private_repo)
-    return _push(run, file, repo_id, hub_license, hub_weights, say)
+    words = ['timm-rld', 'push', str(run.folder), '--hub-model-id', hub_model_id, '--hub-weights', hub_weights,
+             '--hub-license', hub_license, *(['--hub-private-repo'] if hub_private_repo else [])]  # fmt: skip
+    try:
+        repo_id = check_hub(hub_model_id, hub_private_repo, hub_license)
+        return _push(run, file, repo_id, hub_license, hub_weights, say)
+    except KeyboardInterrupt:
+        raise Stopped(f'interrupted. The run is complete in {run.folder}; again: {shlex.join(words)}', 130) from None
+    except UserError as e:
+        raise UserError(f'{e}.\nThe run is complete in {run.folder}; again: {shlex.join(words)}') from e
 
 
 def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, say: Callable[[str], None]) -> str:
@@ -120,17 +135,16 @@ def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, s
     from huggingface_hub.utils import disable_progress_bars
 
     flag = 'push'
-    again = f'The run is complete in {run.folder}: `timm-rld push {run.folder} --hub-model-id {repo_id}` pushes it'
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi()
     with tempfile.TemporaryDirectory() as temporary:
         files = Path(temporary)
-        existing = _tried(lambda: _read_card(api, repo_id, files), flag, again)
+        existing = _tried(lambda: _read_card(api, repo_id, files), flag)
         write_files(run, file, files, repo_id, license, weights, existing)
         metrics = chosen_metrics(run, weights)
         message = f'{weights} weights, epoch {metrics["epoch"]:.0f}, top-1 {metrics["top1"]:.2f}'
-        _tried(lambda: api.upload_folder(repo_id=repo_id, folder_path=files, commit_message=message), flag, again)
+        _tried(lambda: api.upload_folder(repo_id=repo_id, folder_path=files, commit_message=message), flag)
     url = f'{api.endpoint}/{repo_id}'
     say(f"pushed to {url} ({message}): timm.create_model('hf-hub:{repo_id}', pretrained=True)")
     return url
@@ -170,8 +184,12 @@ class BackgroundPush:
             return  # the end pushes it
         if self.strategy == 'end' or (self.strategy == 'best' and not best):
             return
-        file = Path(tempfile.mkdtemp(dir=self.temporary.name)) / 'model.safetensors'
-        shutil.copyfile(checkpoint / ('ema.safetensors' if self.weights == 'ema' else 'model.safetensors'), file)
+        try:
+            file = Path(tempfile.mkdtemp(dir=self.temporary.name)) / 'model.safetensors'
+            shutil.copyfile(checkpoint / ('ema.safetensors' if self.weights == 'ema' else 'model.safetensors'), file)
+        except OSError as e:  # a full temporary folder must not stop the training
+            self.say(f'note: epoch {history[-1]["epoch"]:.0f} is not pushed ({e.strerror})')
+            return
         run = RunFiles(
             self.run, self.settings, {**self.results, **outcome}, [dict(row) for row in history], self.config
         )
@@ -190,7 +208,8 @@ class BackgroundPush:
             try:
                 _push(run, file, self.repo_id, self.license, self.weights, self.say)
             except Exception as e:
-                self.say(f'note: epoch {run.history[-1]["epoch"]:.0f} was not pushed ({str(e).splitlines()[0]})')
+                why = (str(e) or type(e).__name__).splitlines()[0]
+                self.say(f'note: epoch {run.history[-1]["epoch"]:.0f} was not pushed ({why})')
             finally:
                 shutil.rmtree(file.parent, ignore_errors=True)
                 with self.busy:
@@ -198,10 +217,12 @@ class BackgroundPush:
                     self.busy.notify_all()
 
     def wait(self) -> None:
-        """Until nothing is left to push."""
+        """Until nothing is left to push, at most ten minutes."""
         with self.busy:
-            while self.waiting or self.pushing:
-                self.busy.wait()
+            if self.waiting or self.pushing:
+                self.say('waiting for the push of an earlier epoch')
+            if not self.busy.wait_for(lambda: not self.waiting and not self.pushing, timeout=600):
+                self.say('note: the push of an earlier epoch has not ended; going on without it')
 
 
 def find_weights(run: RunFiles, weights: str) -> Path:
@@ -252,37 +273,52 @@ def _read_card(api: Any, repo_id: str, folder: Path) -> str | None:
         return Path(path).read_text(encoding='utf-8')
     except EntryNotFoundError:
         return None
+    except UnicodeDecodeError as e:
+        raise UserError('push: the card on the Hub is not UTF-8 text; mend or delete README.md there') from e
     finally:
         shutil.rmtree(folder / '.card', ignore_errors=True)
 
 
-def _tried(function: Callable[[], T], flag: str, way_out: str = '') -> T:
-    """Call the Hub, again after a while where the failure may pass: a busy or restarting server, a lost connection."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _tried(function: Callable[[], T], flag: str) -> T:
+    """Call the Hub, again after a while where the failure may pass: a busy or restarting server, a lost connection.
 
+    Raises:
+        UserError: what the Hub said.
+    """
     for wait in (*RETRY_SECONDS, None):
         try:
             return function()
-        except HFValidationError:
+        except UserError:
             raise
-        except HfHubHTTPError as e:
-            status = e.response.status_code if e.response is not None else 0
-            if status in _TRANSIENT and wait is not None:
-                asked = e.response.headers.get('Retry-After', '')
-                time.sleep(max(wait, min(int(asked), 60) if asked.isdigit() else 0))
-                continue
-            why = {
-                401: 'the token is not valid; set HF_TOKEN to another, or log in again with `hf auth login`',
-                403: 'the token may not write there; give it write access, or name another --hub-model-id',
-            }.get(status, f'the Hub answered {status}' if status else 'the Hub gave no answer')
         except Exception as e:
-            # the client's HTTP library has another name from version to version
-            library = type(e).__module__.partition('.')[0]
-            if not isinstance(e, OSError) and library not in ('httpx', 'httpx2', 'requests', 'urllib3'):
-                raise
-            if wait is not None:
-                time.sleep(wait)
+            status, retry_after, lost = _what_happened(e)
+            if wait is not None and (status in _TRANSIENT or lost):
+                time.sleep(max(wait, min(retry_after, 60)))
                 continue
-            why = f'the connection failed ({type(e).__name__})'
-        raise UserError(f'{flag}: {why}' + (f'.\n{way_out}' if way_out else '')) from None
+            if lost:
+                why = f'the connection failed ({type(e).__name__})'
+            elif status:
+                why = {
+                    401: 'the token is not valid; set HF_TOKEN to another, or log in again with `hf auth login`',
+                    403: 'the token may not write there; give it write access, or name another --hub-model-id',
+                }.get(status, f'the Hub answered {status}')
+            else:
+                why = (str(e) or type(e).__name__).strip().splitlines()[0]
+            raise UserError(f'{flag}: {why}') from e
     raise AssertionError('unreachable')
+
+
+def _what_happened(error: BaseException) -> tuple[int, int, bool]:
+    """The Hub's status (0: none), the seconds it asks to wait, and whether the connection was lost. The client wraps
+    errors into others, and its HTTP library has another name from version to version."""
+    link: BaseException | None = error
+    while link is not None:
+        response = getattr(link, 'response', None)
+        if getattr(response, 'status_code', None):
+            asked = response.headers.get('Retry-After', '')
+            return response.status_code, int(asked) if asked.isdigit() else 0, False
+        library = type(link).__module__.partition('.')[0]
+        if isinstance(link, (ConnectionError, TimeoutError)) or library in ('httpx', 'httpx2', 'requests', 'urllib3'):
+            return 0, 0, True
+        link = link.__cause__ or link.__context__
+    return 0, 0, False

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,16 @@ from .errors import UserError
 
 BEGIN = '<!-- timm_rld begins: what stands between these two lines is written anew by each push -->'
 END = '<!-- timm_rld ends -->'
-_PATH_SETTINGS = ('data_dir', 'output', 'teacher_checkpoint', 'teacher_class_map', 'class_map', 'resume', 'config')
+_PATH_SETTINGS = (
+    'data_dir',
+    'output',
+    'teacher_checkpoint',
+    'teacher_class_map',
+    'class_map',
+    'resume',
+    'config',
+    'experiment',
+)
 _CITATIONS = """```bibtex
 @inproceedings{sun2025rld,
   title     = {Knowledge Distillation with Refined Logits},
@@ -69,10 +79,13 @@ def read_run(folder: str | Path) -> RunFiles:
         with (folder / 'summary.csv').open(encoding='utf-8') as f:
             history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
         config = folder / 'student' / 'config.json'
-        if not config.is_file():
-            raise FileNotFoundError(2, 'No such file', 'student/config.json')
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        what = os.path.basename(getattr(e, 'filename', None) or '') or str(e).splitlines()[0]
+        json.loads(config.read_text(encoding='utf-8'))['architecture']
+        shlex.split(results['command'])
+        if len(history) != results['epochs'] or not 1 <= results['best_epoch'] <= len(history):
+            raise ValueError('summary.csv has another number of epochs than results.json')
+        settings['val_split'], results['student_top1'], history[-1]['eval_top1']
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, yaml.YAMLError) as e:
+        what = os.path.basename(getattr(e, 'filename', None) or '') or (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(
             f'{folder}: not the folder of a finished run ({what}); --resume finishes one that is not'
         ) from e
@@ -82,24 +95,43 @@ def read_run(folder: str | Path) -> RunFiles:
 # ------------------------------------------------------------------------------------------------------- local paths
 
 
+def _last(path: str) -> str:
+    """The last component of a path of this or another system."""
+    return re.split(r'[/\\\\]', path.rstrip('/\\'))[-1] or path
+
+
 def without_local_path(value: str) -> str:
-    """A text with a local path cut to its last component: names of models and datasets stay as they are."""
-    for prefix in ('local-dir:', 'hfds/', 'hfids/', 'wds/', 'torch/'):
+    """A text with local paths cut to their last component: names of models and datasets, and URLs, stay as they are."""
+    if value.startswith('local-dir:'):
+        return 'local-dir:' + _last(value)
+    for prefix in ('hfds/', 'hfids/', 'wds/', 'torch/'):
         if value.startswith(prefix):
-            return prefix + without_local_path(value[len(prefix) :])
-    if value.startswith(('/', './', '../', '~', '\\\\')) or (os.sep in value and os.path.exists(value)):
-        return os.path.basename(value.rstrip('/\\')) or value
-    return value
+            name = value[len(prefix) :]
+            # a dataset of the Hub is `name` or `user/name`
+            is_path = name.count('/') > 1 or name.startswith(('/', '.', '~')) or os.path.exists(name)
+            return prefix + (_last(name) if is_path else name)
+    if value.startswith(('./', '../')) or re.match(r'[A-Za-z]:[/\\\\]', value):
+        return _last(value)
+    if os.sep in value and os.path.exists(value):
+        return _last(value)
+    value = re.sub(r'file://\S*/', 'file://', value)
+    return re.sub(r'(?<![\w:/.])(?:~|/)[^\s\'",;{}()\[\]]*/([^\s/\'",;{}()\[\]]+)/?', r'\1', value)
 
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run without local paths."""
-    found = {}
-    for name, value in settings.items():
-        if isinstance(value, str):
-            value = os.path.basename(value.rstrip('/')) if name in _PATH_SETTINGS else without_local_path(value)
-        found[name] = value
-    return found
+    return {
+        name: _last(value) if name in _PATH_SETTINGS and isinstance(value, str) else _public(value)
+        for name, value in settings.items()
+    }
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_local_path(value)
+    if isinstance(value, dict):
+        return {k: _public(v) for k, v in value.items()}
+    return [_public(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def public_command(command: str) -> str:
@@ -109,9 +141,9 @@ def public_command(command: str) -> str:
     for word in shlex.split(command):
         name, sep, value = word.partition('=')
         if is_path and not word.startswith('-'):
-            word = os.path.basename(word.rstrip('/'))
+            word = _last(word)
         elif sep:
-            value = os.path.basename(value.rstrip('/')) if name in flags else without_local_path(value)
+            value = _last(value) if name in flags else without_local_path(value)
             word = f'{name}={value}'
         else:
             word = without_local_path(word)
@@ -212,7 +244,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     else:
         learned = 'trained without distillation'
     lines += [f'`{config["architecture"]}` {learned} on {_dataset(settings)}, with timm_rld.', '']
-    lines += ['## Use', '', '```python', *usage(config['architecture'], repo_id), '```', '']
+    lines += ['## Use', '', '```python', *usage(config['architecture'], repo_id, images['input_size'][0]), '```', '']
     rows = [('top-1 of these weights', f'{metrics["top1"]:.2f} %')]
     if metrics.get('top5') is not None:
         rows.append(('top-5 of these weights', f'{metrics["top5"]:.2f} %'))
@@ -257,7 +289,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     return '\n'.join(lines)
 
 
-def usage(architecture: str, repo_id: str) -> list[str]:
+def usage(architecture: str, repo_id: str, in_chans: int = 3) -> list[str]:
     """Lines of Python that load the model; networks of ours need our registration first."""
     ours = ['import timm_rld  # registers the network'] if architecture.startswith('cifar_') else []
     return [
@@ -265,40 +297,54 @@ def usage(architecture: str, repo_id: str) -> list[str]:
         'import timm',
         'from PIL import Image',
         f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()",
-        'config = timm.data.resolve_data_config({}, model=model, use_test_size=True)',
-        'transform = timm.data.create_transform(**config)',
-        "probabilities = model(transform(Image.open('image.png').convert('RGB')).unsqueeze(0)).softmax(-1)",
+        'transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model, use_test_size=True))',
+        f"image = Image.open('image.png').convert('{'L' if in_chans == 1 else 'RGB'}')",
+        'probabilities = model(transform(image).unsqueeze(0)).softmax(-1)',
     ]
 
 
 def merge_card(existing: str | None, header: dict[str, Any], section: str) -> str:
-    """A card, or one that is there with our part renewed: the text between the marks, and `model-index` in the header.
-    What a person wrote around them stays."""
-    dump = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-    if not existing:
-        return f'---\n{dump}---\n\n{section}\n'
-    front, body = _split_header(existing)
-    if front is not None:
-        front = {**front, 'model-index': header['model-index']}
-        dump = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    if BEGIN in body and END in body.partition(BEGIN)[2]:
-        before, _, rest = body.partition(BEGIN)
-        body = before + section + rest.partition(END)[2]
+    """A card, or one that is there with our part renewed.
+
+    What a person wrote stays: the text around our marks (whole lines; the last pair of them), and the header's keys; of
+    the header the figures (`model-index`) and the base model are renewed, tags are added, what is missing is filled in.
+
+    Raises:
+        UserError: where the header that is there is not YAML.
+    """
+    front, body = _split_header(existing or '')
+    tags = front.get('tags') if isinstance(front.get('tags'), list) else []
+    merged = {**header, **front, 'tags': list(dict.fromkeys([*tags, *header['tags']]))}
+    for key in ('model-index', 'base_model', 'base_model_relation'):
+        merged.pop(key, None)
+        if key in header:
+            merged[key] = header[key]
+    lines = body.split('\n')
+    ends = [i for i, line in enumerate(lines) if line.strip() == END]
+    begins = [i for i, line in enumerate(lines) if line.strip() == BEGIN and ends and i < ends[-1]]
+    if begins:
+        begin = begins[-1]
+        end = next(i for i in ends if i > begin)
+        body = '\n'.join([*lines[:begin], *section.split('\n'), *lines[end + 1 :]])
     else:
-        body = f'{body.rstrip()}\n\n{section}\n'
-    return f'---\n{dump}---\n{body}'
+        body = f'{body.strip()}\n\n{section}\n'.lstrip('\n')
+        body = f'\n{body}'
+    return f'---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}---\n{body}'
 
 
-def _split_header(text: str) -> tuple[dict[str, Any] | None, str]:
-    if text.startswith('---\n') and '\n---\n' in text[3:]:
-        head, _, body = text[4:].partition('\n---\n')
-        try:
-            data = yaml.safe_load(head)
-        except yaml.YAMLError:
-            return None, text
-        if isinstance(data, dict):
-            return data, body
-    return None, '\n' + text
+def _split_header(text: str) -> tuple[dict[str, Any], str]:
+    """The YAML header of a card, and the text under it."""
+    text = text.removeprefix('\ufeff').replace('\r\n', '\n')
+    found = re.match(r'---[ \t]*\n(.*?)(?:^|\n)---[ \t]*(?:\n|$)', text, re.DOTALL)
+    if not found:
+        return {}, text
+    try:
+        data = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        data = ''
+    if data is not None and not isinstance(data, dict):
+        raise UserError('push: the header of the card on the Hub is not valid YAML; mend or delete README.md there')
+    return data or {}, text[found.end() :]
 
 
 def _dataset(settings: dict[str, Any]) -> str:
