@@ -67,7 +67,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(stable, fla
     assert log_of(tmp_path / 'killed') == log_of(tmp_path / 'whole')
 
 
-def test_a_run_goes_on_from_every_one_of_its_checkpoints_to_the_same_end(stable, flags, tmp_path):
+def test_a_run_goes_on_from_an_early_a_middle_and_a_late_checkpoint_to_the_same_end(stable, flags, tmp_path):
     flags = [*flags, '--checkpoint-hist', '100', '--experiment']
     stable.run([*flags, 'whole'], tmp_path / 'log')
     names = Checkpoints(tmp_path / 'whole' / 'checkpoints').names()
