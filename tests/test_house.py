@@ -153,15 +153,3 @@ def test_the_readme_lists_each_criterion_as_its_row_has_it(name):
     assert f'ramp {row.warmup_epochs}' in line or not row.warmup_epochs
     assert all(f'{k}={str(v).replace(" ", "")}' in line for k, v in row.options.items())
     assert f'`{row.imagenet}`' in (ROOT / 'README.md').read_text()
-
-
-def test_the_loss_benchmark_prints_a_row_for_each_criterion_and_shape(capsys):
-    from timm_rld.__main__ import main
-
-    argv = ['bench', 'loss', '--no-compile', '--repeats', '1', '--shapes', '4x5', '--criteria', 'rld', 'dkd']
-    assert main(argv) == 0
-    out = capsys.readouterr().out
-    assert [f'| {n} |' in out for n in ('cross-entropy', 'kd', 'rld', 'dkd', 'la')] == [True] * 4 + [False]
-    for wrong, message in ((['--shapes', '4'], 'BATCHxCLASSES'), (['--criteria', 'rdl'], "did you mean 'rld'")):
-        assert main([*argv, *wrong]) != 0
-        assert message in capsys.readouterr().err

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .bench import BENCHMARKS, benchmark
 from .config import Parser, list_recipes
-from .errors import UsageError, run_main
+from .errors import run_main
 
 
 def list_things(what: str, pattern: str) -> None:
@@ -22,21 +23,6 @@ def list_things(what: str, pattern: str) -> None:
     else:
         for path, first_line in list_recipes():
             print(f'{path}  {first_line}')
-
-
-def bench(args: argparse.Namespace) -> None:
-    """Print a benchmark's table as Markdown."""
-    from .bench import bench_loss, markdown, parse_shape
-    from .loss import get_criterion
-
-    for name in args.criteria or ():
-        if get_criterion(name).cls is None:
-            raise UsageError(f'--criteria {name}: distils nothing')
-    if args.repeats < 1:
-        raise UsageError(f'--repeats {args.repeats}: must be at least 1')
-    shapes = [parse_shape(s) for s in args.shapes]
-    print(markdown(bench_loss(args.criteria, shapes, compiled=not args.no_compile, repeats=args.repeats,
-                              device=args.device)))  # fmt: skip
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -67,13 +53,12 @@ def parse(argv: list[str]) -> None:
     verb.set_defaults(run=lambda a: list_things(a.what, a.pattern))
 
     verb = verbs.add_parser('bench', help='measure')
-    verb.add_argument('what', choices=('loss',), help='loss: time and memory of every criterion')
-    verb.add_argument('--criteria', nargs='+', metavar='NAME', help='default: all')
-    verb.add_argument('--shapes', nargs='+', default=('64x100', '256x1000', '64x21841'), metavar='BxC')
-    verb.add_argument('--no-compile', action='store_true', help='eager alone')
-    verb.add_argument('--repeats', type=int, default=15)
-    verb.add_argument('--device', default='cpu')
-    verb.set_defaults(run=bench)
+    whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
+    for name, help in BENCHMARKS.items():
+        what = whats.add_parser(name, help=help, description=f'Measures: {help}.', allow_abbrev=False)
+        if argv[:2] == ['bench', name]:
+            benchmark(name).add_arguments(what)
+            what.set_defaults(run=lambda a, name=name: print(benchmark(name).run(a)))
 
     verb = verbs.add_parser(
         'compare', help='one pair under several criteria and seeds', allow_abbrev=False,

@@ -1,20 +1,41 @@
-"""Benchmarks: figures as ratios within one run, so that they mean something on another machine."""
+"""Time and memory of the criteria."""
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
+import argparse
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
-from .loss import CRITERIA, create_distill_loss
+from ..errors import UsageError, UserError
+from ..loss import CRITERIA, create_distill_loss, get_criterion
+from ._measure import interleaved, markdown, peak_memory
 
 LOSS_SHAPES = ((64, 100), (256, 1000), (64, 21841))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--criteria', nargs='+', metavar='NAME', help='default: all')
+    shapes = [f'{b}x{c}' for b, c in LOSS_SHAPES]
+    parser.add_argument('--shapes', nargs='+', default=shapes, metavar='BxC', help=f'default: {" ".join(shapes)}')
+    parser.add_argument('--no-compile', action='store_true', help='eager alone')
+    parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--device', default='cpu')
+
+
+def run(args: argparse.Namespace) -> str:
+    """The table as Markdown."""
+    for name in args.criteria or ():
+        if get_criterion(name).cls is None:
+            raise UsageError(f'--criteria {name}: distils nothing')
+    if args.repeats < 1:
+        raise UsageError(f'--repeats {args.repeats}: must be at least 1')
+    shapes = [parse_shape(s) for s in args.shapes]
+    return markdown(
+        bench_loss(args.criteria, shapes, compiled=not args.no_compile, repeats=args.repeats, device=args.device)
+    )
 
 
 def bench_loss(
@@ -55,8 +76,8 @@ def bench_loss(
             for name in names:
                 criterion = create_distill_loss(name).to(device)
                 steps[name] = _step(criterion, student, teacher, target, mode=mode)
-            times = _interleaved(steps, repeats, device)
-            memory = {name: _peak_memory(step, device) for name, step in steps.items()}
+            times = interleaved(steps, repeats, device)
+            memory = {name: peak_memory(step, device) for name, step in steps.items()}
             for name, seconds in times.items():
                 rows.append(
                     dict(
@@ -71,16 +92,6 @@ def bench_loss(
                     )
                 )
     return rows
-
-
-def markdown(rows: Sequence[dict[str, float | str]]) -> str:
-    """Rows as a Markdown table; numbers with three digits."""
-    head = list(rows[0])
-    lines = ['| ' + ' | '.join(head) + ' |', '|' + ' --- |' * len(head)]
-    for row in rows:
-        cells = (f'{v:.3g}' if isinstance(v, float) else str(v) for v in row.values())
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -101,44 +112,3 @@ def _step(criterion: Callable[..., Tensor], student: Tensor, *rest: Tensor, mode
     for _ in range(3):
         step()
     return step
-
-
-def _interleaved(steps: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each step, over rounds in which each runs long enough for the clock."""
-    wait = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
-    inner = {}
-    for name, step in steps.items():
-        started = time.perf_counter()
-        step()
-        wait()
-        inner[name] = max(1, round(0.005 / max(time.perf_counter() - started, 1e-6)))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            wait()
-            started = time.perf_counter()
-            for _ in range(inner[name]):
-                step()
-            wait()
-            seconds[name].append((time.perf_counter() - started) / inner[name])
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _peak_memory(step: Callable[[], None], device: str) -> int:
-    """Bytes that a step holds at its peak beyond what was there before it."""
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # else the profiler writes lines about itself
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak

@@ -1,0 +1,19 @@
+"""Benchmarks: figures as ratios within one run, so that they mean something on another machine.
+
+Each is a module with `add_arguments(parser)` and `run(args)`, which gives the text to print.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+# name of the benchmark, which is that of its module → one line of help
+BENCHMARKS = {
+    'loss': 'time and memory of every criterion',
+}
+
+
+def benchmark(name: str) -> ModuleType:
+    """The module of a benchmark."""
+    return importlib.import_module(f'.{name}', __name__)
