@@ -26,9 +26,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .errors import UserError
-from .runs import Means, best_epoch, outcome, raise_on_all
+from .runs import Clock, Means, best_epoch, outcome, raise_on_all
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r'(teacher|student)-epoch(\d+)-(?:batch(\d+)|end)')
 
 
@@ -255,7 +255,7 @@ class Training:
     Attributes:
         means: sums of the epoch's figures so far.
         lr: the rate at which the epoch began.
-        seconds: that the epoch's training took in earlier processes.
+        clock: where the epoch's time went so far.
     """
 
     def __init__(self, task: Any, module: nn.Module, optimizer: Any, scheduler: Any, accelerator: Accelerator) -> None:
@@ -264,7 +264,7 @@ class Training:
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        self.means, self.seconds = Means(self.accelerator.device), 0.0
+        self.means, self.clock = Means(self.accelerator.device), Clock(self.accelerator.device)
         self.lr = self.optimizer.param_groups[0]['lr']
 
     def _networks(self) -> dict[str, nn.Module]:
@@ -295,7 +295,7 @@ class Training:
                 'scheduler': self.scheduler.state_dict(),
                 'scaler': scaler.state_dict() if scaler is not None else None,
                 'task': self.task.get_task_state(),
-                'seconds': self.seconds,
+                'seconds': self.clock.read(),
                 'processes': processes,
             }
             weights = {name: network.state_dict() for name, network in networks.items()}
@@ -321,7 +321,8 @@ class Training:
         self.task.load_task_state(state['task'])
         self.start_epoch()
         if checkpoint.position.batch is not None:
-            self.lr, self.seconds = checkpoint.lr, state['seconds']
+            self.lr = checkpoint.lr
+            self.clock.seconds.update(state['seconds'])
             self.means.load_state(mine['means'])
         set_generators_state(mine['generators'], device)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -56,8 +57,23 @@ def highest(accelerator: Accelerator, *values: float) -> list[int]:
     return [int(v) for v in tensor.tolist()]
 
 
-class NonFiniteGuard:
-    """Looks at each step's losses and gradients before the optimizer does.
+@dataclass
+class _Look:
+    """A question to the device after a step's gradients: its answer, once it is there, and what it is about."""
+
+    flags: Tensor
+    event: torch.cuda.Event | None
+    epoch: int
+    batch: int
+    losses: list[Tensor]
+    indices: list[Tensor]
+
+
+class Guard:
+    """Looks at each step's losses and gradients, and agrees over the processes on them and on what stops a run.
+
+    Where no step may be left out, the answer is read a step later, so that no step waits for the device: the run ends
+    anyway, and nothing is saved of it. Else it is waited for before the optimizer acts.
 
     Args:
         allowed: how many steps in a row may be left out.
@@ -65,41 +81,82 @@ class NonFiniteGuard:
 
     Attributes:
         skipped: steps that were left out so far.
+        stop: the highest signal on any process that has been heard of, or 0.
+        overdue: whether a checkpoint is overdue on some process.
     """
 
     def __init__(self, accelerator: Accelerator, allowed: int, title: str) -> None:
         self.accelerator, self.allowed, self.title = accelerator, allowed, title
         self.skipped = self.in_a_row = 0
+        self.stop, self.overdue = 0, False
+        self.pending: _Look | None = None
 
-    def is_bad(self, losses: list[Tensor], module: nn.Module) -> bool:
-        """Whether a loss or a gradient of this process is not finite. Under fp16 Accelerate's scaler looks after the
-        gradients: an overflow is part of its search for a scale."""
-        finite = torch.isfinite(torch.stack(losses)).all()
-        if self.accelerator.scaler is None:
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            finite = finite & torch.isfinite(nn.utils.get_total_norm(gradients))
-        return not finite.item()
-
-    def leave_out(self, epoch: int, batch: int, losses: list[Tensor], indices: list[Tensor]) -> None:
-        """Count a step that is left out.
+    def may_step(
+        self,
+        module: nn.Module,
+        epoch: int,
+        batch: int,
+        losses: list[Tensor],
+        indices: list[Tensor],
+        stop: int = 0,
+        overdue: bool = False,
+    ) -> bool:
+        """Called between the backward pass and the optimizer's step, on every process.
 
         Args:
+            module: with gradients.
             epoch: 1-based.
             batch: 0-based number of the group's last batch.
             losses: of the group's batches on this process.
             indices: of their samples.
+            stop, overdue: of this process.
+
+        Returns:
+            Whether the step is to be taken.
 
         Raises:
-            UserError: on every process, where it is one too many; it names the samples.
+            UserError: on every process, where a step cannot be left out; it names the samples.
         """
+        finite = torch.isfinite(torch.stack(losses)).all()
+        if self.accelerator.scaler is None:  # under fp16 the scaler looks after the gradients, in search for a scale
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            finite = finite & torch.isfinite(nn.utils.get_total_norm(gradients))
+        own = [torch.full_like(losses[0], float(value), dtype=torch.float32) for value in (stop, overdue)]
+        flags, event = torch.stack([(~finite).float(), *own]), None
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        if flags.device.type == 'cuda':
+            flags = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        look = _Look(flags, event, epoch, batch, losses, indices)
+        if self.allowed:
+            return self._read(look)
+        earlier, self.pending = self.pending, look
+        return earlier is None or self._read(earlier)
+
+    def settle(self) -> None:
+        """Read what has not been read yet: before anything is saved or evaluated."""
+        look, self.pending = self.pending, None
+        if look is not None:
+            self._read(look)
+
+    def _read(self, look: _Look) -> bool:
+        if look.event is not None:
+            look.event.synchronize()
+        bad, stop, overdue = look.flags.numpy()
+        self.stop, self.overdue = max(self.stop, int(stop)), bool(overdue)
+        if not bad:
+            self.in_a_row = 0
+            return True
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row <= self.allowed:
-            return
-        values = [loss.item() for loss in losses]
+            return False
+        values = [loss.item() for loss in look.losses]
         bad = [i for i, v in enumerate(values) if v - v != 0] or list(range(len(values)))
-        first = batch - len(values) + 1
-        shown = [(first + i, values[i], indices[i].tolist()) for i in bad]
+        first = look.batch - len(values) + 1
+        shown = [(first + i, values[i], look.indices[i].tolist()) for i in bad]
         found = gather_object([(any(v - v != 0 for v in values), shown)])
         some_loss = any(in_loss for in_loss, _ in found)
         parts = [part for in_loss, parts in found if in_loss or not some_loss for part in parts]
@@ -108,10 +165,6 @@ class NonFiniteGuard:
         what = f'the loss is {value}' if some_loss else f'a gradient is not finite (loss {value:.4g})'
         some = ', '.join(map(str, samples[:16])) + (', …' if len(samples) > 16 else '')
         raise UserError(
-            f'{what} in epoch {epoch} of the {self.title}, batch {number + 1}, samples {some}; try a lower --lr.\n'
-            'The step was not taken. --skip-nonfinite N leaves out up to N such steps in a row'
+            f'{what} in epoch {look.epoch} of the {self.title}, batch {number + 1}, samples {some}; try a lower --lr.\n'
+            'Nothing of that step was saved. --skip-nonfinite N leaves out up to N such steps in a row'
         )
-
-    def taken(self) -> None:
-        """Count a step that was taken."""
-        self.in_a_row = 0

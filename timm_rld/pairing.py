@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError, did_you_mean
+from .fold import fold_batch_norms
 from .hub import hub_in_reach
 
 Floats = Sequence[float]
@@ -59,7 +60,9 @@ class InputView(nn.Module):
         x = pixels if pixels.is_floating_point() else pixels.to(self.mean.dtype)
         if self.size and x.shape[-2:] != self.size:
             x = F.interpolate(x, self.size, mode=self.interpolation, antialias=True, align_corners=False)
-        return (x - self.mean) / self.std
+        if x is pixels:
+            return (x - self.mean) / self.std
+        return x.sub_(self.mean).div_(self.std)  # in place: fresh memory costs more than arithmetic
 
     def pixels(self, normalized: Tensor) -> Tensor:
         """The inverse of the normalisation: pixels in 0..255, floating."""
@@ -90,6 +93,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.name = name
         self.other_names = False  # its labels have none of the dataset's names
+        self.folded = 0  # batch norms
+        self.digest: str | None = None  # of the weights as they were loaded, once they are folded
         self.own_size: tuple[int, int] | None = None  # (H, W) that its weights were made for, where that is known
         self.model = model
         self.view = view if view is not None else input_view(model)
@@ -104,6 +109,24 @@ class Teacher(nn.Module):
     def compile(self, **kwargs: Any) -> None:
         """Compile the network's forward pass (`torch.compile`)."""
         self._logits = torch.compile(self._logits, **kwargs)
+
+    def quicken(self, size: tuple[int, int, int], channels_last: bool = True) -> int:
+        """Make the forward pass faster without changing what it computes: batch norms are folded into the convolutions
+        before them (:func:`timm_rld.fold.fold_batch_norms`), and weights laid out channels-last.
+
+        Args:
+            size: (C, H, W) of the pixels.
+            channels_last: the layout.
+
+        Returns:
+            How many batch norms were folded.
+        """
+        if self.digest is None:
+            self.digest = weights_digest(self)
+        self.model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        noise = torch.randint(256, (2, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        self.folded += fold_batch_norms(self.model, self.view(noise.to(self.view.mean.device)))
+        return self.folded
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels `[B, C, H, W]` in 0..255 → logits over the dataset's classes `[B, C]`."""
@@ -669,9 +692,11 @@ def check_accuracy(name: str, top1: float, num_classes: int, least: float | None
 
 
 def weights_digest(model: nn.Module | None) -> str | None:
-    """SHA-256 of a model's weights, whatever file they came from; None of none."""
+    """SHA-256 of a model's weights, whatever file they came from, of a teacher as it was loaded; None of none."""
     if model is None:
         return None
+    if isinstance(model, Teacher) and model.digest is not None:
+        return model.digest
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -109,34 +109,45 @@ class DistillationTask(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the forward passes of student and teacher."""
+        """Compile the forward passes of student and teacher, and the criterion."""
         kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = torch.compile(self.trainable_module, **kwargs)
         self.eval_model = self.trainable_module
         if self.teacher is not None:
             self.teacher.compile(**kwargs)
+        if self.criterion is not None:
+            self.criterion.compile(**kwargs)
         return self.trainable_module
 
-    def forward(self, input: Tensor, target: Tensor | MixedTarget) -> dict[str, Tensor]:
+    def teach(self, input: Tensor) -> Tensor | None:
+        """The teacher's logits `[B, C]` for an input of :meth:`forward`; None where nothing is distilled."""
+        if self.criterion is None:
+            return None
+        return self.teacher(self.view.pixels(input) if input.is_floating_point() else input)
+
+    def forward(
+        self, input: Tensor, target: Tensor | MixedTarget, teacher_logits: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """One step's forward pass.
 
         Args:
             input: uint8 pixels, or floats normalised for the student, `[B, C, H, W]`.
             target: class indices `[B]`. Of mixed images a :class:`MixedTarget`: then each loss is
                 λ · L(a) + (1-λ) · L(b), since a criterion like RLD needs the class, not a soft target.
+            teacher_logits: `[B, C]`, where they are known already; None: the teacher is asked.
 
         Returns:
             `loss` (for backward), `output` (student logits `[B, C]`), `task_loss` (cross-entropy), `kd_loss` (the
             criterion, before weight and ramp) and the criterion's diagnostics; all but `output` are 0-d.
         """
-        raw = not input.is_floating_point()
-        output = self.trainable_module(self.view(input) if raw else input)
+        output = self.trainable_module(input if input.is_floating_point() else self.view(input))
         logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
         task_loss = _mixed(target, lambda index: self.task_criterion(logits, index))
         result = {'loss': self.task_loss_weight * task_loss, 'output': output, 'task_loss': task_loss.detach()}
         if self.criterion is None:
             return result
-        teacher_logits = self.teacher(input if raw else self.view.pixels(input))
+        if teacher_logits is None:
+            teacher_logits = self.teach(input)
         if isinstance(target, MixedTarget) and not getattr(self.criterion, 'needs_target', True):
             target = target.a
         figures: list[dict[str, Tensor]] = []

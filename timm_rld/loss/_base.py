@@ -74,15 +74,15 @@ class DistillLoss(nn.Module):
                     f'{name}: expected class indices int64 [{student.shape[0]}] as target, got {_describe(target)}'
                     + (' (a soft target: this criterion needs an index)' if target.is_floating_point() else '')
                 )
-        if torch.compiler.is_compiling() or (student.device.type != 'cpu' and student.device in self._checked_on):
+        if torch.compiler.is_compiling() or student.device in self._checked_on:
             return
-        self._checked_on.add(student.device)
         if not torch.isfinite(teacher).all():
             raise ValueError(f"{name}: the teacher's logits hold NaN or infinity")
         if self.needs_target and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < student.shape[1]:
             raise ValueError(
                 f'{name}: expected targets in 0..{student.shape[1] - 1}, got {int(target.min())}..{int(target.max())}'
             )
+        self._checked_on.add(student.device)
 
 
 def check_temperature(name: str, value: float) -> float:
