@@ -23,6 +23,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     from accelerate.utils import set_seed
 
     from timm_rld import data, engine, pairing, push, runs
+    from timm_rld.cache import TeacherCache
     from timm_rld.checkpoint import Checkpoints
     from timm_rld.hub import export_model
     from timm_rld.loss import choose_criterion
@@ -50,11 +51,13 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     # ---- pair
     fit_teacher = config.teacher is not None and config.teacher_epochs > 0
+    kept = config.teacher_cache is not None and criterion is not None
+    cache = TeacherCache(config, accelerator, train_split, val_split) if kept else None
     pair = pairing.create_pair(
         config.teacher, config.student, num_classes, class_names=class_names, fit_teacher=fit_teacher,
         crop_pct=config.crop_pct or (1.0 if config.train_crop_mode == 'pad' else None),
         student_kwargs={'drop_rate': config.drop, 'drop_path_rate': config.drop_path, **config.model_kwargs},
-        **config.pick(*pairing.PAIR_SETTINGS),
+        needs_teacher=cache and cache.needs_teacher, **config.pick(*pairing.PAIR_SETTINGS),
     )  # fmt: skip
     student, teacher = pair.student, pair.teacher
     trained = [student, teacher] if fit_teacher else [student]
@@ -65,8 +68,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     config.img_size, config.mixed_precision = pair.img_size, accelerator.mixed_precision
 
-    judge = functools.partial(engine.judge_teacher, pair, val_loader, accelerator, config, num_classes)
-    teacher_top1, reference = judge() if teacher is not None and not fit_teacher else (None, None)
+    judge = functools.partial(engine.judge_teacher, pair, val_loader, accelerator, config, num_classes, cache)
+    judged = judge() if config.teacher is not None and not fit_teacher else (None, None, None)
     run_folder = runs.open_run(config, accelerator, train_split, val_split)
     checkpoints = Checkpoints(run_folder / 'checkpoints', config.checkpoint_hist, say)
     checkpoints.prepare(config.resume, accelerator)
@@ -102,24 +105,22 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         if accelerator.is_main_process:
             export_model(model, fitted.parent, data_config=pair.teacher_data_config, label_names=class_names)
             runs.seal_teacher(run_folder, fitted)
-    if fit_teacher:
-        teacher_top1, reference = judge()
+    top1, reference, digest = judge(fitted) if fit_teacher else judged
 
     results = dict(
         config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=dict(row.options),
-        num_classes=num_classes, teacher_top1=teacher_top1, command=command, paper=row.cited,
-        teacher_sha256=pairing.weights_digest(teacher), versions=runs.versions(),
+        num_classes=num_classes, teacher_top1=top1, command=command, paper=row.cited, teacher_sha256=digest,
+        versions=runs.versions(),
     )  # fmt: skip
     if config.epochs == 0:
         return finish(results)
 
     # ---- loss, task, fit
     task = DistillationTask(
-        student, teacher if criterion is not None else None, criterion, smoothing=config.smoothing, view=pair.view,
-        warmup_epochs=config.distill_warmup_epochs, **config.pick('task_loss_weight', 'distill_loss_weight'),
+        student, teacher if criterion is not None else None, criterion, view=pair.view, cache=cache,
+        warmup_epochs=config.distill_warmup_epochs,
+        **config.pick('task_loss_weight', 'distill_loss_weight', 'smoothing'),
     )  # fmt: skip
-    if criterion is not None and task.warmup_epochs > config.epochs:
-        say(f'note: distillation ramps up over {task.warmup_epochs} epochs, more than the run has')
     export = functools.partial(export_model, data_config=pair.data_config, label_names=class_names)
     if config.push_to_hub and accelerator.is_main_process:
         settings = config.pick('hub_strategy', *push.SETTINGS)

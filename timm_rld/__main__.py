@@ -7,7 +7,7 @@ import sys
 
 from .bench import BENCHMARKS, benchmark
 from .config import Parser, list_recipes
-from .errors import run_main
+from .errors import UsageError, run_main
 
 
 def list_things(what: str, pattern: str) -> None:
@@ -30,6 +30,16 @@ def compare(args: argparse.Namespace) -> None:
     from .compare import compare, markdown
 
     print(markdown(compare(args.criteria, args.seeds, args.flags, args.output, launcher=args.launcher)), end='')
+
+
+def verify_cache(args: argparse.Namespace) -> None:
+    """Recompute some rows of a teacher cache."""
+    from .cache import verify
+
+    if args.rows < 1:
+        raise UsageError(f'--rows {args.rows}: must be at least 1')
+    print(verify(args.folder, rows=args.rows, seed=args.seed, data_dir=args.data_dir,
+                 teacher_checkpoint=args.teacher_checkpoint, device=args.device))  # fmt: skip
 
 
 def push(args: argparse.Namespace) -> None:
@@ -73,6 +83,18 @@ def parse(argv: list[str]) -> None:
     verb.add_argument('--launcher', metavar='COMMAND', default='',
                       help="in place of python, e.g. 'accelerate launch --num_processes 2'")  # fmt: skip
     verb.set_defaults(run=compare)
+
+    verb = verbs.add_parser('cache', help="look after a teacher's logits on disk")
+    whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
+    about = 'recompute a random sample of rows from images and teacher, and compare'
+    what = whats.add_parser('verify', help=about, description=f'{about.capitalize()}.', allow_abbrev=False)
+    what.add_argument('folder', metavar='DIR', help='that of --teacher-cache')
+    what.add_argument('--rows', type=int, default=256, help='default: 256')
+    what.add_argument('--seed', type=int, default=0, help='of the sample')
+    what.add_argument('--data-dir', metavar='DIR', help='where the data lie now, if they have been moved')
+    what.add_argument('--teacher-checkpoint', metavar='FILE', help="where the teacher's weights lie now")
+    what.add_argument('--device', help='default: a GPU where there is one')
+    what.set_defaults(run=verify_cache)
 
     verb = verbs.add_parser('push', help='push a finished run to the Hugging Face Hub', allow_abbrev=False,
                              description='The token comes from HF_TOKEN or `hf auth login`.')  # fmt: skip

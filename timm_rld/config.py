@@ -116,6 +116,16 @@ class Config:
     distill_warmup_epochs: int | None = setting(
         None, DISTILL, "ramp the distillation term by min(epoch / N, 1) (default: the criterion's)", ge=0
     )
+    teacher_cache: str | None = setting(
+        None, DISTILL, "folder to keep the teacher's logits in: each view of an image is computed once"
+    )
+    teacher_cache_views: int | None = setting(
+        None, DISTILL, 'epoch e sees the images of epoch (e - 1) mod N + 1 again (default: 10, or the epochs if fewer)',
+        ge=1,
+    )  # fmt: skip
+    teacher_cache_dtype: str = setting(
+        'float16', DISTILL, 'of the kept logits', choices=('float16', 'bfloat16', 'float32')
+    )
     smoothing: float | None = setting(
         None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0, le=0.99
     )
@@ -281,7 +291,13 @@ class Config:
 
     def of_teacher(self) -> Config:
         """The settings for the teacher's fit."""
-        return dataclasses.replace(self, epochs=self.teacher_epochs, lr=self.teacher_lr or self.lr)
+        return dataclasses.replace(
+            self,
+            epochs=self.teacher_epochs,
+            lr=self.teacher_lr or self.lr,
+            teacher_cache=None,
+            teacher_cache_views=None,
+        )
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -682,6 +698,7 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         c.lr = c.lr_base * (ratio**0.5 if by_root else ratio)
 
     default(teacher_lr=c.lr)
+    _resolve_cache(c)
 
     if not c.epochs and not c.teacher_epochs:
         raise UsageError('--epochs 0: fits the teacher alone, so --teacher-epochs N is needed')
@@ -707,6 +724,30 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
                 f'--warmup-epochs {c.warmup_epochs}: leaves nothing of {flag} {epochs}; give a smaller one'
             )
     return c
+
+
+def _resolve_cache(c: Config) -> None:
+    """Fill in the number of views, and refuse what a teacher cache cannot go with."""
+    if c.teacher_cache is None:
+        for name in ('teacher_cache_views', 'teacher_cache_dtype'):
+            if getattr(c, name) != FIELDS[name].default:
+                raise UsageError(f'{flag_of(name)} {getattr(c, name)}: needs --teacher-cache DIR')
+        return
+    if c.teacher is None:
+        raise UsageError(f'--teacher-cache {c.teacher_cache}: there is no --teacher')
+    for name in ('mixup', 'cutmix', 'cutmix_minmax'):
+        if getattr(c, name):
+            raise UsageError(
+                f'{flag_of(name)} with --teacher-cache: images are mixed anew in each epoch, and the teacher must see '
+                'the mixed image, which no kept logit belongs to; leave one of the two out'
+            )
+    if c.teacher_cache_views is None:
+        c.teacher_cache_views = max(1, min(10, c.epochs))
+    if c.epochs and c.teacher_cache_views > c.epochs:
+        raise UsageError(
+            f'--teacher-cache-views {c.teacher_cache_views}: more than the epochs ({c.epochs}), so that some would '
+            f'never be seen; give at most {c.epochs}'
+        )
 
 
 def _default_repository(config: Config) -> str:

@@ -23,12 +23,13 @@ from timm.task import ClassificationEvaluator
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 
+from .cache import TeacherCache
 from .checkpoint import Checkpoints, Position, Training
 from .config import Config, cores, warmup_epochs
 from .data import Loader, Mixing
 from .errors import Stopped, UsageError, UserError, did_you_mean
 from .guard import Guard, StopSignals, highest
-from .pairing import Pair, audit, check_accuracy
+from .pairing import Pair, audit, check_accuracy, weights_digest
 from .runs import Progress, best_epoch, write_rows
 from .task import DistillationTask
 
@@ -96,27 +97,53 @@ def _check_trackers(names: Iterable[str]) -> None:
 
 
 def judge_teacher(
-    pair: Pair, loader: Loader, accelerator: Accelerator, config: Config, num_classes: int
-) -> tuple[float, Tensor]:
+    pair: Pair,
+    loader: Loader,
+    accelerator: Accelerator,
+    config: Config,
+    num_classes: int,
+    cache: TeacherCache | None = None,
+    weights: Path | None = None,
+) -> tuple[float, Tensor, str | None]:
     """Make a teacher fast, evaluate it, say what was found and where it differs from the student, and stop where it is
     near chance.
 
+    Args:
+        cache: what it keeps of an earlier evaluation is taken; else this one is kept.
+        weights: the teacher's file, where it was fitted.
+
     Returns:
-        Its top-1 (percent), and this process's predicted classes.
+        Its top-1 (percent), this process's predicted classes, and the digest of its weights.
 
     Raises:
         UserError: below `--min-teacher-acc`.
     """
+    if cache is not None:
+        cache.open(pair.data_config, weights, pair.teacher)
+    if pair.teacher is not None:
+        _quicken(pair, accelerator, config)
+    if cache is not None and cache.validated:
+        loader.set_epoch(0)
+        top1, predictions, digest = cache.validation(loader.sampler.indices())
+        predictions = predictions.to(accelerator.device)
+    else:
+        keep = cache.keep_validation if cache is not None else None
+        metrics, predictions = evaluate(pair.teacher, loader, accelerator, keep=keep)
+        top1, digest = metrics['top1'], weights_digest(pair.teacher)
+        if cache is not None:
+            cache.end_validation(top1, digest, pair.teacher.folded)
+    found = f'teacher {config.teacher}: top-1 {top1:.2f} on {config.val_split}'
+    accelerator.print('\n  '.join([found, *audit(pair)]))
+    check_accuracy(config.teacher, top1, num_classes, config.min_teacher_acc)
+    return top1, predictions, digest
+
+
+def _quicken(pair: Pair, accelerator: Accelerator, config: Config) -> None:
     teacher = pair.teacher.to(accelerator.device)
     layout = config.channels_last
     if layout is None:  # measured: at inference it gains at 32 pixels too
         layout = accelerator.device.type != 'cuda' or accelerator.mixed_precision != 'no'
     teacher.quicken(pair.data_config['input_size'], layout)
-    metrics, predictions = evaluate(teacher, loader, accelerator)
-    found = f'teacher {config.teacher}: top-1 {metrics["top1"]:.2f} on {config.val_split}'
-    accelerator.print('\n  '.join([found, *audit(pair)]))
-    check_accuracy(config.teacher, metrics['top1'], num_classes, config.min_teacher_acc)
-    return metrics['top1'], predictions
 
 
 class Interrupted(Exception):
@@ -131,6 +158,7 @@ def evaluate(
     reference: Tensor | None = None,
     title: str = 'teacher',
     interrupted: Callable[[], bool] = lambda: False,
+    keep: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[dict[str, float], Tensor]:
     """Loss and accuracy over a validation split, each image counted once, whatever the number of processes.
 
@@ -141,6 +169,8 @@ def evaluate(
         reference: predictions of another network from an earlier call with this loader.
         title: for messages.
         interrupted: asked after each batch; once it is true on one process, the evaluation is given up on all.
+
+        keep: given the indices, classes and logits of each batch.
 
     Returns:
         `loss` (cross-entropy), `top1`, `top5` (percent), with a reference also `agreement` (percentage of images where
@@ -154,12 +184,14 @@ def evaluate(
     evaluator = ClassificationEvaluator(device)
     predictions = []
     loader.set_epoch(0)
-    for pixels, target, _ in loader:
+    for pixels, target, indices in loader:
         pixels, target = pixels.to(device, non_blocking=True), target.to(device, non_blocking=True)
         with accelerator.autocast():
             logits = predict(pixels)
         evaluator.update(logits, target)
         predictions.append(logits.argmax(dim=1))
+        if keep is not None:
+            keep(indices, target, logits)
         if interrupted():
             break
     if any(highest(accelerator, interrupted())):
@@ -217,6 +249,8 @@ def fit(
         Stopped: after SIGTERM or SIGINT, with a checkpoint written.
     """
     device, world, epochs = accelerator.device, accelerator.num_processes, config.epochs
+    if task.criterion is not None and task.warmup_epochs > epochs:
+        accelerator.print(f'note: distillation ramps up over {task.warmup_epochs} epochs, more than the run has')
     if config.sync_bn and world > 1:
         task.trainable_module = convert_sync_batchnorm(task.trainable_module)
     module = task.trainable_module
@@ -261,6 +295,8 @@ def fit(
 
     def save(batch: int | None) -> None:
         nonlocal saved_at
+        if task.cache is not None:
+            task.cache.flush()
         training.save(checkpoints, Position(title, epoch, batch, updates), history)
         saved_at, guard.overdue = time.monotonic(), False
 
@@ -286,7 +322,7 @@ def fit(
             clock.start()
             resumed_after = first == batches
             if not resumed_after:
-                train_loader.set_epoch(epoch, first)
+                train_loader.set_epoch(epoch, first, (epoch - 1) % (config.teacher_cache_views or epochs) + 1)
             figures, losses, samples = [], [], []  # of the accumulation group
             for batch, (pixels, target, indices) in enumerate(() if resumed_after else train_loader, first):
                 clock.lap('data')
@@ -295,7 +331,7 @@ def fit(
                 pixels, target = mixing(pixels, target.to(device, non_blocking=True), epoch, batch)
                 clock.lap('other')
                 with accelerator.autocast():
-                    teacher_logits = task.teach(pixels)
+                    teacher_logits = task.teach(pixels, target, indices, epoch)
                 clock.lap('teacher')
                 with contextlib.nullcontext() if step.last else accelerator.no_sync(task.trainable_module):
                     with accelerator.autocast():
@@ -340,6 +376,9 @@ def fit(
 
             guard.settle()
             seconds = clock.read()
+            if task.cache is not None and not resumed_after:
+                with accelerator.autocast():
+                    task.cache.end_epoch(epoch, train_loader.left_out(), train_loader.dataset, task.teacher)
             task.eval()
             if world > 1 and not resumed_after:  # each process has batch statistics of its own: all take their mean
                 for network in filter(None, (module, task.get_trainable_module(ema=True))):

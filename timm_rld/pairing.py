@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -637,6 +637,7 @@ def create_pair(
     teacher_mean: Floats | None = None,
     teacher_std: Floats | None = None,
     fit_teacher: bool = False,
+    needs_teacher: Callable[[dict[str, Any]], bool] | None = None,
 ) -> Pair:
     """Build a student and its teacher by timm name.
 
@@ -644,6 +645,7 @@ def create_pair(
         teacher: None for a student alone.
         seed: of torch's generator before each of the two, so that neither's start depends on the other; None leaves it.
         student_kwargs: for the student's constructor.
+        needs_teacher: asked with the student's preprocessing, whether to build the teacher; None: yes.
         Others: as in :func:`create_student`, and with `teacher_` as in :func:`create_teacher`.
 
     Raises:
@@ -664,7 +666,7 @@ def create_pair(
     )  # fmt: skip
     if seed is not None:
         torch.manual_seed(seed)
-    if teacher is not None:
+    if teacher is not None and (needs_teacher is None or needs_teacher(pair.data_config)):
         pair.teacher = create_teacher(
             teacher, num_classes, class_names=class_names, pretrained=teacher_pretrained, checkpoint=teacher_checkpoint,
             class_map=teacher_class_map, to_fit=fit_teacher, in_chans=in_chans, img_size=teacher_img_size,

@@ -10,6 +10,7 @@ from timm.loss import create_classification_loss
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
+from .cache import TeacherCache
 from .data.mixing import MixedTarget
 from .loss import CRITERIA, DistillLoss, create_distill_loss
 from .pairing import InputView, Teacher, input_view
@@ -31,10 +32,11 @@ class DistillationTask(TrainingTask):
         task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row.
         smoothing: label smoothing of the cross-entropy.
         view: of the student; None for that of its `pretrained_cfg`.
+        cache: of the teacher's logits; the teacher may then be None.
         device, dtype, verbose: as in timm.
 
     Raises:
-        ValueError: a criterion without a teacher.
+        ValueError: a criterion without a teacher or its cache.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class DistillationTask(TrainingTask):
         warmup_epochs: int | None = None,
         smoothing: float = 0.0,
         view: InputView | None = None,
+        cache: TeacherCache | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = False,
@@ -55,7 +58,7 @@ class DistillationTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if isinstance(criterion, str):
             criterion = None if criterion == 'none' else create_distill_loss(criterion)
-        if criterion is not None and teacher is None:
+        if criterion is not None and teacher is None and cache is None:
             raise ValueError('a distillation criterion needs a teacher')
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(teacher)
@@ -67,6 +70,7 @@ class DistillationTask(TrainingTask):
         )
         self.trainable_module = student
         self.teacher = teacher
+        self.cache = cache
         self.view = view if view is not None else input_view(student)
         self.criterion = criterion
         self.task_criterion = create_classification_loss('ce', smoothing=smoothing)
@@ -119,11 +123,23 @@ class DistillationTask(TrainingTask):
             self.criterion.compile(**kwargs)
         return self.trainable_module
 
-    def teach(self, input: Tensor) -> Tensor | None:
-        """The teacher's logits `[B, C]` for an input of :meth:`forward`; None where nothing is distilled."""
+    def teach(
+        self, input: Tensor, target: Tensor | None = None, indices: Tensor | None = None, epoch: int | None = None
+    ) -> Tensor | None:
+        """The teacher's logits `[B, C]` for an input of :meth:`forward`; None where nothing is distilled.
+
+        Args:
+            target, indices, epoch: with a cache: classes and indices of the images, and the epoch (1-based).
+        """
         if self.criterion is None:
             return None
-        return self.teacher(self.view.pixels(input) if input.is_floating_point() else input)
+
+        def ask() -> Tensor:
+            return self.teacher(self.view.pixels(input) if input.is_floating_point() else input)
+
+        if self.cache is None:
+            return ask()
+        return self.cache.logits(epoch, indices, target, ask if self.teacher is not None else None)
 
     def forward(
         self, input: Tensor, target: Tensor | MixedTarget, teacher_logits: Tensor | None = None

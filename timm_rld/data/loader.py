@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,22 @@ class Loader:
                 **common,
             )
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The next iteration gives epoch ``epoch`` (1-based), from batch ``start`` (0-based) on."""
+    def set_epoch(self, epoch: int, start: int = 0, view: int | None = None) -> None:
+        """The next iteration gives epoch ``epoch`` (1-based), from batch ``start`` (0-based) on.
+
+        Args:
+            view: the epoch whose augmented images are seen; None for its own.
+
+        Raises:
+            UserError: for another view of a streamed split.
+        """
         self.generator.manual_seed(derive_seed(STREAM, self.seed, epoch) & 0x7FFFFFFFFFFFFFFF)
         if self.sampler is not None:
-            self.sampler.set_epoch(epoch, start)
+            self.sampler.set_epoch(epoch, start, view)
         else:
             assert start == 0, 'a stream starts at its start'
+            if view not in (None, epoch):
+                raise UserError('--teacher-cache-views: the images of a streamed dataset cannot be seen again')
             self.stream.set_epoch(epoch)
 
     def step(self, batch: int) -> Step:
@@ -109,6 +118,10 @@ class Loader:
             return len(self.sampler)
         n = len(self.source)
         return n // self.batch_size if self.training else -(-n // self.batch_size)
+
+    def left_out(self) -> Sequence[int]:
+        """Images that the epoch leaves out, on every process (an incomplete last batch, see ``min_batch``)."""
+        return self.sampler.left_out() if self.sampler is not None else ()
 
     def skip_bad_images(self, listed_in: Path) -> None:
         """From now on put another image in the place of one that cannot be read, and add a line to a file. Has no

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,8 @@ class Step:
 
 
 class ReplaySampler(Sampler[list[tuple[int, int]]]):
-    """Batches of keys (epoch, index); a permutation of (seed, epoch), cut into global batches, then into processes.
+    """Batches of keys (view, index), the view being the epoch unless said otherwise: a permutation of (seed, epoch),
+    cut into global batches, then into processes.
 
     A global batch is ``batch_size × world`` samples; ``accum`` of them make one optimizer step. The last global batch
     of an epoch may be smaller: it is split evenly, and a process that gets none of it repeats one sample, which counts
@@ -164,15 +165,19 @@ class ReplaySampler(Sampler[list[tuple[int, int]]]):
         self.length = self.dataset_length = length
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.rank, self.world, self.accum = rank, world, accum
-        self.epoch = self.start = 0
+        self.epoch = self.view = self.start = 0
         self.global_batch = batch_size * world
         rest = length % self.global_batch
         if rest and rest // world < min_batch and length > self.global_batch:
             self.length -= rest
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The next iteration gives epoch ``epoch`` (1-based), from its batch ``start`` (0-based) on."""
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int, start: int = 0, view: int | None = None) -> None:
+        """The next iteration gives epoch ``epoch`` (1-based), from its batch ``start`` (0-based) on.
+
+        Args:
+            view: the epoch whose images are seen (in the order of this one); None for its own.
+        """
+        self.epoch, self.start, self.view = epoch, start, epoch if view is None else view
 
     def __len__(self) -> int:
         return -(-self.length // self.global_batch)
@@ -192,15 +197,27 @@ class ReplaySampler(Sampler[list[tuple[int, int]]]):
         group_last = min(group_first + self.accum * self.global_batch, self.length)
         return Step(end - begin, group_last - group_first, (batch + 1) % self.accum == 0 or batch + 1 == len(self))
 
+    def _order(self) -> Sequence[int]:
+        if not self.shuffle:
+            return range(self.dataset_length)
+        generator = torch.Generator().manual_seed(derive_seed(ORDER, self.seed, self.epoch) & 0x7FFFFFFFFFFFFFFF)
+        return torch.randperm(self.dataset_length, generator=generator).tolist()
+
+    def left_out(self) -> Sequence[int]:
+        """Images that the epoch leaves out (see ``min_batch``)."""
+        return self._order()[self.length :] if self.length < self.dataset_length else ()
+
+    def indices(self) -> list[int]:
+        """Images of this process, in order."""
+        order = self._order()
+        parts = (self._part(batch) for batch in range(self.start, len(self)))
+        return [order[i] for begin, end in parts for i in range(begin, end)]
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(ORDER, self.seed, self.epoch) & 0x7FFFFFFFFFFFFFFF)
-            order = torch.randperm(self.dataset_length, generator=generator).tolist()
-        else:
-            order = range(self.dataset_length)
+        order = self._order()
         for batch in range(self.start, len(self)):
             begin, end = self._part(batch)
             if begin == end and self.shuffle:
                 begin, end = batch * self.global_batch, batch * self.global_batch + 1
             if begin < end:
-                yield [(self.epoch, i) for i in order[begin:end]]
+                yield [(self.view, i) for i in order[begin:end]]

@@ -1,0 +1,161 @@
+"""Rows of numbers in a safetensors file, written as they come and read by index."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
+_NAMES = {torch.float16: 'F16', torch.bfloat16: 'BF16', torch.float32: 'F32'}
+
+
+class Rows:
+    """A tensor `logits` `[N, C]` in a safetensors file, and a checksum for each row that is there.
+
+    A row counts as there once its CRC-32, which is written after it, fits it: what a killed process or a full disk left
+    half done is found out when it is read, and written anew. Several processes may write at once, each its own rows.
+    Reading takes a time that does not depend on N.
+
+    Args:
+        path: of a file that :meth:`create` made.
+
+    Raises:
+        UserError: where it is not such a file, or is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open('rb') as f:
+                (size,) = struct.unpack('<Q', f.read(8))
+                header = json.loads(f.read(size)) if size < 2**20 else {}
+            self.length, self.width = header['logits']['shape']
+            self.dtype = {name: dtype for dtype, name in _NAMES.items()}[header['logits']['dtype']]
+            begin, end = header['logits']['data_offsets']
+            crc_begin = header['crc32']['data_offsets'][0]
+        except OSError as e:
+            raise UserError(f'{self.path}: cannot be read ({e.strerror})') from e
+        except (KeyError, ValueError, TypeError, struct.error) as e:
+            raise UserError(f'{self.path}: not a file of cached logits; delete it to have it filled anew') from e
+        there, expected = self.path.stat().st_size, 8 + size + end
+        if there != expected:
+            raise UserError(
+                f'{self.path}: is cut off or damaged ({there:,} bytes, {expected:,} expected); delete it to have it '
+                'filled anew'
+            )
+        self.row_bytes = (end - begin) // max(self.length, 1)
+        self.start, self.crc_start = 8 + size + begin, 8 + size + crc_begin
+        self._file: int | None = None
+        data = np.memmap(self.path, np.uint8, 'r')
+        self.data = data[self.start :].reshape(self.length, self.row_bytes)
+        self.crcs = data[self.crc_start : self.crc_start + 4 * self.length].view('<u4')
+
+    @staticmethod
+    def create(path: Path, length: int, width: int, dtype: torch.dtype) -> Rows:
+        """Make a file without rows, its space reserved, unless it is there already.
+
+        Raises:
+            UserError: where it cannot be written, or the disk has no room.
+        """
+        path = Path(path)
+        if not path.exists():
+            row_bytes = width * dtype.itemsize
+            sums = -(-4 * length // 8) * 8
+            offsets = [sums, sums + length * row_bytes]
+            header = {
+                'crc32': {'dtype': 'U32', 'shape': [sums // 4], 'data_offsets': [0, sums]},
+                'logits': {'dtype': _NAMES[dtype], 'shape': [length, width], 'data_offsets': offsets},
+            }
+            text = json.dumps(header).encode()
+            text += b' ' * (-len(text) % 8)
+            part = path.with_name(f'.{path.name}.{os.getpid()}')
+            try:
+                with part.open('wb') as f:
+                    f.write(struct.pack('<Q', len(text)) + text)
+                    f.flush()
+                    total = 8 + len(text) + offsets[1]
+                    if hasattr(os, 'posix_fallocate'):
+                        os.posix_fallocate(f.fileno(), 0, total)
+                    else:
+                        f.truncate(total)
+                with contextlib.suppress(FileExistsError):  # another process was first
+                    os.link(part, path)
+            except OSError as e:
+                raise UserError(f'--teacher-cache: {path} cannot be written ({e.strerror})') from e
+            finally:
+                part.unlink(missing_ok=True)
+        return Rows(path)
+
+    def filled(self) -> np.ndarray:
+        """Which rows have been written, `[N]`, without looking whether they are whole."""
+        return self.crcs != 0
+
+    def read(self, indices: np.ndarray) -> Tensor | None:
+        """Rows `[B, C]`, in the file's dtype, or None where one of them is not there."""
+        raw = self.data[indices]
+        if any(_crc(row) != crc for row, crc in zip(raw, self.crcs[indices].tolist())):
+            return None
+        return torch.from_numpy(raw).view(self.dtype)
+
+    def write(self, indices: np.ndarray, rows: Tensor) -> None:
+        """Write rows `[B, C]`.
+
+        Raises:
+            UserError: where they are not finite in the file's dtype, or the file cannot be written.
+        """
+        if not torch.isfinite(rows).all():
+            raise UserError(
+                f'--teacher-cache: a logit of the teacher is NaN, infinite or too large for {str(rows.dtype)[6:]}; '
+                'try --teacher-cache-dtype float32'
+            )
+        raw = rows.contiguous().view(torch.uint8).numpy()
+        try:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_WRONLY)
+            for index, row in zip(indices.tolist(), raw):
+                os.pwrite(self._file, row, self.start + index * self.row_bytes)
+                os.pwrite(self._file, struct.pack('<I', _crc(row)), self.crc_start + 4 * index)
+        except OSError as e:
+            raise UserError(f'--teacher-cache: {self.path} cannot be written ({e.strerror})') from e
+
+    def __del__(self) -> None:
+        if getattr(self, '_file', None) is not None:
+            os.close(self._file)
+
+
+def _crc(row: np.ndarray) -> int:
+    return zlib.crc32(row) or 1  # 0 stands for a row that is not there
+
+
+def rounded(logits: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round logits, keeping each class on its side of the true one: where z_j ≠ z_y round to the same number, z_j goes
+    to the next number below or above it. So what RLD masks (z_j ≥ z_y) stays masked, and nothing else.
+
+    Args:
+        logits: `[B, C]`, float32.
+        target: true classes `[B]`.
+        dtype: float16, bfloat16, or float32, which rounds nothing.
+
+    Returns:
+        `[B, C]` in that dtype, off by half a unit in the last place, beside a near-tie by up to one and a half.
+    """
+    if dtype == torch.float32:
+        return logits.float()
+    own = logits.gather(1, target[:, None])
+    stored = logits.to(dtype)
+    own_stored = stored.gather(1, target[:, None])
+    side = torch.where(stored == own_stored, (logits - own).sign(), 0).to(torch.int32)
+    bits = own_stored.view(torch.int16).to(torch.int32)
+    place = torch.where(bits < 0, -(bits & 0x7FFF), bits) + side  # in the order of the numbers
+    beside = torch.where(place < 0, -place - 0x8000, place).to(torch.int16).view(dtype)
+    return torch.where(side == 0, stored, beside)
