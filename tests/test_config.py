@@ -116,6 +116,17 @@ def test_accumulation_steps_of_accelerate_launch_are_heard(monkeypatch):
     assert resolve(parse_args([*PAIR, '--grad-accum-steps', '2'])).grad_accum_steps == 2
 
 
+@pytest.mark.parametrize(('cores', 'local', 'workers'), [(16, '', 15), (16, '4', 3), (2, '2', 1), (1, 'x', 1)])
+def test_auto_workers_are_the_process_share_of_the_cores_but_one(monkeypatch, tmp_path, cores, local, workers):
+    monkeypatch.setattr('timm_rld.config.cores', lambda: cores)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', local)
+    for argv in (['--workers', 'auto'], ['-j', 'auto'], ['--config', written(tmp_path, 'workers: auto\n')]):
+        config = resolve(parse_args([*PAIR, *argv]))
+        assert config.workers == workers and yaml.safe_load(to_yaml(config))['workers'] == workers
+    assert resolve(parse_args(PAIR)).workers == min(4, cores)
+    assert [resolve(parse_args([*PAIR, '--workers', w])).workers for w in ('0', '7')] == [0, 7]
+
+
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
@@ -130,6 +141,7 @@ def test_accumulation_steps_of_accelerate_launch_are_heard(monkeypatch):
         (['--lr', 'nan'], '--lr: must be a finite number, got nan'),
         (['--lr', 'inf'], '--lr: must be a finite number, got inf'),
         (['--workers', '-1'], '--workers: must be at least 0, got -1'),
+        (['--workers', 'all'], "--workers: expected a whole number, got 'all'; or 'auto'"),
         (['--smoothing', '1'], '--smoothing: must be at most 0.99, got 1'),
         (['--seed', '5000000000'], '--seed: must be at most'),
         (['--cutmix-minmax', '0.5', '0.5'], '--cutmix-minmax 0.5 0.5: the first value must be below the second'),
@@ -156,6 +168,8 @@ def test_a_wrong_command_line_is_named_with_the_way_out(argv, message):
         ('- a\n- b', 'expected a mapping of settings (name: value), the file is a list'),
         ('', 'expected a mapping of settings (name: value), the file is empty'),
         ('epochs: three', "epochs: expected a whole number, got 'three'"),
+        ('workers: true', "workers: expected a whole number, got True; or 'auto'"),
+        ('workers: [auto]', "workers: expected a whole number, got ['auto']; or 'auto'"),
         ('epochs: true', 'epochs: expected a whole number, got True'),
         ('teacher: 3', 'teacher: expected a text, got 3'),
         ('no_aug: 1', 'no_aug: expected true or false, got 1'),

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 
@@ -160,9 +160,14 @@ class Config:
     )
     batch_size: int | None = setting(None, DATA, 'images per process and step (default: 128)', gt=0, alias='b')
     validation_batch_size: int | None = setting(None, DATA, 'default: --batch-size', gt=0)
-    workers: int | None = setting(
-        None, DATA, 'loader processes per training process (default: 4, or the cores if fewer)', ge=0, alias='j'
-    )
+    workers: int | Literal['auto'] | None = setting(
+        None, DATA, "loader processes per training process (default: 4, or the cores if fewer); 'auto': its share of "
+        'the cores but one', ge=0, alias='j',
+    )  # fmt: skip
+    jpeg_draft: bool = setting(
+        False, DATA, 'decode JPEGs at 1/2, 1/4 or 1/8 scale where twice the pixels needed remain; views differ by '
+        'less than one grey value on average', flag=True,
+    )  # fmt: skip
     seed: int = setting(42, DATA, 'of weights, order and augmentation', ge=0, le=2**32 - 1024)
 
     # augmentation
@@ -313,13 +318,18 @@ def flag_of(name: str) -> str:
 
 
 def _base_type(name: str) -> tuple[Any, bool]:
-    """The type of a field without its `| None`, and whether None is allowed."""
+    """The type of a field without its `| None` and its words, and whether None is allowed."""
     hint = HINTS[name]
-    if isinstance(hint, types.UnionType):
-        inner = [a for a in typing.get_args(hint) if a is not type(None)]
-        assert len(inner) == 1
-        return inner[0], True
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (inner,) = (a for a in typing.get_args(hint) if a is not type(None) and typing.get_origin(a) is not Literal)
+        return inner, type(None) in typing.get_args(hint)
     return hint, False
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """The words that a field takes beside the values of its type: 'auto' of `int | Literal['auto']`."""
+    literals = [a for a in typing.get_args(HINTS[name]) if typing.get_origin(a) is Literal]
+    return tuple(word for a in literals for word in typing.get_args(a))
 
 
 _TYPE_NAMES = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'true or false', dict: 'a mapping'}
@@ -380,7 +390,13 @@ def _check_value(name: str, value: Any) -> Any:
             raise ValueError(f"expected 'epoch' or a number of optimizer steps, got '{value}'")
     if value is False and 'no' in meta['choices']:
         value = 'no'  # as YAML reads it without quotes
-    value = _convert(value, want)
+    words = _words(name)
+    if value in words:
+        return value
+    try:
+        value = _convert(value, want)
+    except ValueError as e:
+        raise ValueError(f"{e}; or '{words[0]}'" if words else str(e)) from None
     if meta['choices'] and str(value) not in meta['choices']:
         hint = did_you_mean(str(value), meta['choices'], 1)
         raise ValueError(f"'{value}' is not one of {', '.join(meta['choices'])}{hint}")
@@ -637,6 +653,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
+def auto_workers() -> int:
+    """Loader processes for `--workers auto`: this process's share of the machine's cores, but one for itself."""
+    local = os.environ.get('LOCAL_WORLD_SIZE', '')  # the processes of this machine, as torch's launchers tell them
+    return max(1, cores() // (int(local) if local.isdigit() and int(local) else 1) - 1)
+
+
 def uses_sample(config: Config) -> bool:
     """Whether no dataset is named, so that the run uses the sample that ships with the package."""
     return config.dataset is None and config.data_dir is None
@@ -683,10 +705,12 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         color_jitter=0.4,
         batch_size=128,
         epochs=300,
-        workers=min(4, cores()),
+        workers=min(4, cores()),  # on two cores two load faster than auto's one
         # `accelerate launch --gradient_accumulation_steps N` speaks through the environment
         grad_accum_steps=int(accum_env) if accum_env.isdigit() and int(accum_env) > 0 else 1,
     )
+    if c.workers == 'auto':
+        c.workers = auto_workers()
     default(validation_batch_size=c.batch_size, hub_model_id=_default_repository(c))
     if c.hub_weights == 'ema' and not c.model_ema:
         raise UsageError('--hub-weights ema: needs --model-ema')
