@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from timm_rld.data import Loader, MixedTarget, Mixing, eval_transform, open_split, open_splits, train_transform
-from timm_rld.data.replay import ReplaySampler, seeded
-from timm_rld.data.transforms import ErasePixels
+from timm_rld.data.replay import ReplayDataset, ReplaySampler, seeded
+from timm_rld.data.transforms import DraftTransform, ErasePixels, to_tensor
 from timm_rld.errors import SampleError, UserError
 
 NORM = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
@@ -67,6 +67,8 @@ def test_a_sample_leaves_the_generators_of_the_process_as_they_were(folder):
     next(iter(batches.loader.dataset[(1, 0)]))
     assert random.getstate() == state[0] and np.random.get_state()[1].tolist() == state[1]
     assert torch.equal(torch.get_rng_state(), state[2])
+    batches.dataset.__getitems__([(1, 0), (1, 1)])
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[2])
     with seeded(1, 2, 3):
         a = random.random(), np.random.rand(), torch.rand(1).item()
     with seeded(1, 2, 3):
@@ -154,6 +156,16 @@ def test_pad_crop_is_a_shift_of_the_image_with_zeros_around():
     assert len(seen) > 15
 
 
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_our_tensor_of_an_image_is_torchvisions_but_contiguous(mode):
+    from torchvision.transforms.functional import pil_to_tensor
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)).convert(mode)
+    ours = to_tensor(image)
+    assert torch.equal(ours, pil_to_tensor(image)) and ours.is_contiguous() and ours.dtype == torch.uint8
+    ours += 1  # its memory is its own
+
+
 def test_erasing_fills_with_the_mean_colour_or_noise_around_it_and_leaves_the_rest():
     pixels = torch.full((3, 64, 64), 7, dtype=torch.uint8)
     with seeded(1):
@@ -199,6 +211,98 @@ def test_mixing_can_end_and_can_be_off():
     mix = Mixing(mixup=1.0, off_epoch=3)
     assert isinstance(mix(pixels, target, 2, 0)[1], MixedTarget) and mix(pixels, target, 3, 0)[1] is target
     assert Mixing(mixup=1.0, prob=0.0)(pixels, target, 1, 0)[1] is target
+
+
+# ------------------------------------------------------------------------------------------- JPEGs at reduced scale
+
+
+def jpegs(root, size: tuple[int, int], n: int = 4) -> str:
+    """Folders of JPEGs with detail at several scales, and one PNG."""
+    from timm_rld.bench.data import draw_photograph
+
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        path = root / 'train' / 'ab'[i % 2] / f'{i}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_photograph(rng, size).save(path, quality=90)
+    draw_photograph(rng, size).save(root / 'train' / 'a' / '9.png')
+    return str(root)
+
+
+def views(root: str, transform, epoch: int = 1) -> list[torch.Tensor]:
+    source = open_split(None, 'train', flag='', data_dir=root)
+    return [view for view, _, _ in ReplayDataset(source, transform, 7).__getitems__([(epoch, i) for i in range(5)])]
+
+
+def plain(size=32, **kwargs):
+    """Training transforms without and with the setting: boxes, flips and colours are drawn from the same numbers."""
+    return [train_transform((3, size, size), **NORM, **kwargs, jpeg_draft=draft) for draft in (False, True)]
+
+
+EVAL = dict(interpolation='bicubic', crop_pct=0.9)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: plain(),
+        lambda: plain(train_crop_mode='pad'),
+        lambda: plain(no_aug=True),
+        lambda: [eval_transform((3, 32, 32), **EVAL, jpeg_draft=d) for d in (False, True)],
+        lambda: [eval_transform((3, 32, 32), **EVAL, crop_mode='squash', jpeg_draft=d) for d in (False, True)],
+    ],
+    ids=['rrc', 'pad', 'no_aug', 'eval', 'squash'],
+)
+def test_jpegs_at_reduced_scale_differ_by_less_than_a_grey_value_on_average(tmp_path, make):
+    root = jpegs(tmp_path, (403, 301))  # odd: the reduced image is no whole fraction of it
+    whole, draft = make()
+    seen = []
+    for epoch in (1, 2, 3):
+        for a, b in zip(views(root, whole, epoch), views(root, draft, epoch), strict=True):
+            assert a.shape == b.shape
+            seen.append((a.float() - b.float()).abs())
+    difference = torch.stack(seen)
+    assert 0 < difference.mean() < 1 and difference.quantile(0.99) <= 5 and difference.max() <= 25
+
+
+def test_jpegs_with_no_room_to_spare_and_other_files_are_decoded_as_they_are(tmp_path):
+    root = jpegs(tmp_path, (403, 301))
+    whole, draft = plain(160)
+    assert all(map(torch.equal, views(root, whole), views(root, draft)))
+    for size in ((301, 403), (403, 301), (32, 32)):  # the steps are timm's where nothing is reduced
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+        for whole, draft in (plain(), plain(train_crop_mode='pad'), plain(no_aug=True)):
+            assert isinstance(draft, DraftTransform)
+            with seeded(1):
+                expected = whole(image)
+            with seeded(1):
+                assert torch.equal(draft(image), expected)
+
+
+def test_reduced_jpegs_replay_and_a_broken_one_is_named_or_replaced(tmp_path):
+    root = jpegs(tmp_path / 'd', (403, 301), n=8)
+
+    def epochs(workers):
+        source = open_split(None, 'train', flag='', data_dir=root)
+        batches = Loader(source, plain()[1], 4, training=True, seed=3, workers=workers)
+        return [epoch_of(batches, epoch) for epoch in (1, 2)]
+
+    for a, b in zip(epochs(0), epochs(2)):
+        assert same(a, b)
+    broken = tmp_path / 'd' / 'train' / 'a' / '0.jpg'
+    broken.write_bytes(broken.read_bytes()[:900])
+    source = open_split(None, 'train', flag='', data_dir=root)
+    dataset = ReplayDataset(source, plain()[1], 3)
+    with pytest.raises(SampleError, match=f'{broken}. of split .train. cannot be read'):
+        dataset[(1, 0)]
+    dataset.bad_images = tmp_path / 'bad.txt'
+    assert torch.equal(dataset[(1, 0)][0], dataset[(1, 0)][0]) and str(broken) in dataset.bad_images.read_text()
+
+
+def test_crops_that_cannot_be_reduced_stay_timms():
+    assert not any(isinstance(t, DraftTransform) for t in plain(train_crop_mode='rkrc'))
+    nearest = eval_transform((3, 32, 32), interpolation='nearest', crop_pct=1.0, jpeg_draft=True)
+    assert not isinstance(nearest, DraftTransform)  # takes single pixels, which a reduced image has not
 
 
 # ---------------------------------------------------------------------------------------------------------- sources

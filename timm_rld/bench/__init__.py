@@ -11,6 +11,7 @@ from types import ModuleType
 # name of the benchmark, which is that of its module → one line of help
 BENCHMARKS = {
     'loss': 'time and memory of every criterion',
+    'data': "images a second of the loader, beside timm's",
 }
 
 

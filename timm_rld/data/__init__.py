@@ -14,7 +14,7 @@ SPLIT_SETTINGS = (
 LOADER_SETTINGS = (
     'batch_size', 'validation_batch_size', 'grad_accum_steps', 'seed', 'workers', 'no_aug', 'train_crop_mode',
     'crop_padding', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'train_interpolation', 'reprob',
-    'remode', 'recount',
+    'remode', 'recount', 'jpeg_draft',
 )  # fmt: skip
 
 __all__ = [

@@ -155,13 +155,14 @@ def create_loaders(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    jpeg_draft: bool = False,
     **augmentation: Any,
 ) -> tuple[Loader, Loader]:
     """The loaders of a run: augmented training batches, and validation batches as the student will be used.
 
     Args:
         data_config: the student's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
-        train_interpolation, augmentation: for :func:`train_transform`.
+        jpeg_draft, train_interpolation, augmentation: for :func:`train_transform`.
         Others: as in :class:`Loader`.
     """
     if min_batch and (batch_size < min_batch or (not train.streamed and len(train) < min_batch * world)):
@@ -172,11 +173,13 @@ def create_loaders(
     c = data_config
     place = dict(seed=seed, rank=rank, world=world, workers=workers, pin_memory=pin_memory)
     augment = train_transform(
-        c['input_size'], mean=c['mean'], std=c['std'], interpolation=train_interpolation, **augmentation
-    )
+        c['input_size'], mean=c['mean'], std=c['std'], interpolation=train_interpolation, jpeg_draft=jpeg_draft,
+        **augmentation,
+    )  # fmt: skip
     center = eval_transform(
-        c['input_size'], interpolation=c['interpolation'], crop_pct=c['crop_pct'], crop_mode=c['crop_mode']
-    )
+        c['input_size'], interpolation=c['interpolation'], crop_pct=c['crop_pct'], crop_mode=c['crop_mode'],
+        jpeg_draft=jpeg_draft,
+    )  # fmt: skip
     return (
         Loader(train, augment, batch_size, training=True, accum=grad_accum_steps, min_batch=min_batch, **place),
         Loader(val, center, validation_batch_size or batch_size, training=False, **place),

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..errors import SampleError
 from .sources import Source
+from .transforms import DraftTransform
 
 # What a derived seed is for, so that no two uses share a stream.
 SAMPLE, ORDER, MIX, STREAM, STREAM_SAMPLE, REPLACEMENT = range(6)
@@ -31,16 +32,20 @@ def derive_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
-@contextlib.contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Within the block Python's, NumPy's and torch's CPU generators follow from ``key``; afterwards they go on as
-    before (timm's transforms draw from all three, and without workers dropout shares torch's)."""
-    python, numpy, torch_ = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+def seed_generators(*key: int) -> None:
+    """From here on Python's, NumPy's and torch's CPU generators follow from ``key``; timm's transforms draw from all
+    three."""
     seed = derive_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.random.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+
+
+@contextlib.contextmanager
+def keep_generators() -> Iterator[None]:
+    """After the block the three generators go on as before it (without workers dropout shares torch's)."""
+    python, numpy, torch_ = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.random.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
         yield
     finally:
         random.setstate(python)
@@ -48,12 +53,20 @@ def seeded(*key: int) -> Iterator[None]:
         torch.random.set_rng_state(torch_)
 
 
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Within the block the generators follow from ``key``; afterwards they go on as before."""
+    with keep_generators():
+        seed_generators(*key)
+        yield
+
+
 class ReplayDataset(Dataset):
     """An indexable split: key (epoch, index) → (uint8 pixels `[C, H, W]`, target, index).
 
     Args:
         source: the split.
-        transform: PIL image → uint8 tensor.
+        transform: PIL image → uint8 tensor. A :class:`DraftTransform` also decodes.
         seed: of the run; None if the transform is not random.
 
     Attributes:
@@ -62,20 +75,45 @@ class ReplayDataset(Dataset):
 
     def __init__(self, source: Source, transform: Callable[[Any], Tensor], seed: int | None) -> None:
         self.source, self.transform, self.seed = source, transform, seed
+        self.draft = transform if isinstance(transform, DraftTransform) else None
         self.bad_images: Path | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
-        epoch, index = key
+        with keep_generators():
+            return self._sample(*key)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, int]]:
+        # A batch, as torch's loader asks for it: setting the generators back costs more than augmenting a small image.
+        with keep_generators():
+            return [self._sample(*key) for key in keys]
+
+    def _sample(self, epoch: int, index: int) -> tuple[Tensor, int, int]:
+        key = (epoch, index)
         try:
-            image, target = self.source.read(index)
+            image, target = self._read(index, key)
         except SampleError as e:
             if self.bad_images is None:
                 raise
             image, target = self._replacement(epoch, index, e)
-        if self.seed is None:
-            return self.transform(image), target, index
-        with seeded(SAMPLE, self.seed, epoch, index):
-            return self.transform(image), target, index
+        if self.draft is not None:
+            return self.draft.rest(image), target, index
+        self._seed(key)
+        return self.transform(image), target, index
+
+    def _read(self, index: int, key: tuple[int, int]) -> tuple[Any, int]:
+        """Image ``index``; a draft cuts it by the random numbers of ``key``, of which the rest follow in the rest."""
+        if self.draft is None:
+            return self.source.read(index)
+
+        def decode(image: Any) -> Any:
+            self._seed(key)
+            return self.draft.decode(image)
+
+        return self.source.read(index, decode)
+
+    def _seed(self, key: tuple[int, int]) -> None:
+        if self.seed is not None:
+            seed_generators(SAMPLE, self.seed, *key)
 
     def _replacement(self, epoch: int, index: int, error: SampleError) -> tuple[Any, int]:
         """Another image, drawn by (seed, epoch, index); a line in the list says so."""
@@ -85,7 +123,7 @@ class ReplayDataset(Dataset):
         generator = np.random.default_rng(derive_seed(REPLACEMENT, self.seed or 0, epoch, index))
         for other in generator.integers(len(self), size=100).tolist():
             with contextlib.suppress(SampleError):
-                return self.source.read(other)
+                return self._read(other, (epoch, index))
         raise SampleError(f'{error}; and a hundred others in its place neither')
 
     def __len__(self) -> int:

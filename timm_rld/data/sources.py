@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ..errors import SampleError, UserError
 from ..hub import hub_in_reach
+from .transforms import in_mode
 
 SAMPLE_DIR = Path(__file__).parent / 'sample'
 SAMPLE_NOTE = (
@@ -60,8 +62,11 @@ class Source:
             digest.update(repr(list(columns[reader.label_key])).encode())
         return digest.hexdigest()[:12]
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int, decode: Callable[[Image.Image], Image.Image] | None = None) -> tuple[Image.Image, int]:
         """Decode one image. timm's own `__getitem__` would put the next image in the place of a broken one.
+
+        Args:
+            decode: what to make of the image while its file is open; by default it is decoded into ``image_mode``.
 
         Raises:
             SampleError: where it cannot be read, naming the file or index.
@@ -70,10 +75,11 @@ class Source:
         try:
             if reader is None:  # a torchvision dataset
                 image, target = self.dataset[index]
-                return image.convert(self.image_mode), int(target)
+                image = in_mode(image, self.image_mode)
+                return (decode(image) if decode else image), int(target)
             file, target = reader[index]
             with file, Image.open(file) as image:
-                return image.convert(self.image_mode), int(target)
+                return (decode(image) if decode else in_mode(image, self.image_mode)), int(target)
         except Exception as e:
             try:
                 name = reader.filename(index, absolute=True)
