@@ -88,7 +88,8 @@ def bench_data(
     for name, draft in (('timm_rld', False), ('timm_rld --jpeg-draft', True)):
         transform = train_transform(size, **NORM, jpeg_draft=draft)
         loaders[name] = _ours(Loader(ours, transform, batch_size, training=True, seed=SEED, workers=workers))
-    seconds = interleaved({name: _epoch(batches_of) for name, batches_of in loaders.items()}, repeats, 'cpu')
+    with _one_thread():  # further ones would spin between two batches, on the cores of the workers
+        seconds = interleaved({name: _epoch(batches_of) for name, batches_of in loaders.items()}, repeats, 'cpu')
     reference = seconds['timm, prefetcher']
     rows: list[dict[str, float | str]] = [
         {'loader': name, 'images/s': len(images) / s, 'of timm': reference / s} for name, s in seconds.items()
@@ -193,9 +194,7 @@ def _ours(loader: Loader) -> Callable[[], Iterable[Tensor]]:
 
 def _shares(source: Source, transform: Callable[[Any], Tensor], count: int) -> dict[str, float]:
     """Shares of decode, augment and collate in the time for ``count`` images, in this process on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         marks = [time.perf_counter()]
         images = [source.read(i) for i in range(count)]
         marks.append(time.perf_counter())
@@ -203,9 +202,17 @@ def _shares(source: Source, transform: Callable[[Any], Tensor], count: int) -> d
         marks.append(time.perf_counter())
         default_collate(samples)
         marks.append(time.perf_counter())
-    finally:
-        torch.set_num_threads(threads)
     return {
         name: (end - start) / (marks[-1] - marks[0])
         for name, start, end in zip(('decode', 'augment', 'collate'), marks, marks[1:])
     }
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
