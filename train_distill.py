@@ -51,7 +51,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     # ---- pair
     fit_teacher = config.teacher is not None and config.teacher_epochs > 0
-    kept = config.teacher_cache is not None and criterion is not None
+    kept = config.teacher_cache is not None and criterion is not None and config.epochs > 0
     cache = TeacherCache(config, accelerator, train_split, val_split) if kept else None
     pair = pairing.create_pair(
         config.teacher, config.student, num_classes, class_names=class_names, fit_teacher=fit_teacher,

@@ -122,6 +122,8 @@ def compare(
     rows = []
     for n, (variant, seed, folder) in enumerate(jobs, 1):
         command = [*launch, *common, *variant.flags, '--seed', str(seed)]
+        if config.teacher_cache is not None:  # the images of another seed are others
+            command += ['--teacher-cache', str(Path(config.teacher_cache) / f'seed-{seed}')]
         results = _run(command, folder, f'[{n}/{len(jobs)}] {variant.label} seed {seed}', say)
         rows.append({
             'criterion': variant.label, 'seed': seed, 'top1': results['student_top1'],

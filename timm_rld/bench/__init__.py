@@ -10,6 +10,8 @@ from types import ModuleType
 
 # name of the benchmark, which is that of its module → one line of help
 BENCHMARKS = {
+    'cache': 'filling a teacher cache and looking up in it, by the number of rows',
+    'step': 'a training step and its parts, online and cached, beside what the two networks cost alone',
     'loss': 'time and memory of every criterion',
     'data': "images a second of the loader, beside timm's",
 }

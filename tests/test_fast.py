@@ -1,0 +1,204 @@
+"""What makes a step fast changes nothing of what it computes."""
+
+from __future__ import annotations
+
+import csv
+import functools
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from conftest import make_loader
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import timm_rld  # noqa: F401  (registers the CIFAR networks)
+from timm_rld import DistillationTask, create_distill_loss
+from timm_rld.config import Config, resolve
+from timm_rld.engine import create_optimizer, fit
+from timm_rld.fold import fold_batch_norms
+from timm_rld.loss import CRITERIA
+from timm_rld.pairing import InputView, Teacher, weights_digest
+
+# name, size of its images, and how many of its batch norms may be folded
+NETWORKS = [
+    ('resnet34', 64, 36), ('cifar_resnet20', 32, 21), ('mobilenetv3_small_100', 64, 34), ('efficientnet_b0', 64, 49),
+    ('densenet121', 64, 59), ('repvgg_a0', 64, 44), ('cifar_wrn_16_2', 32, 7), ('test_vit', 32, 0),
+]  # fmt: skip
+
+
+def trained(name: str, classes: int = 10) -> nn.Module:
+    """A network whose batch norms have seen something."""
+    model = timm.create_model(name, num_classes=classes).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model
+
+
+@pytest.mark.parametrize(('name', 'size', 'count'), NETWORKS)
+def test_a_fast_teacher_says_the_same(name, size, count):
+    teacher = Teacher(trained(name))
+    pixels = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
+    before, digest = teacher(pixels), weights_digest(teacher)
+    assert teacher.quicken((3, size, size)) == count
+    after = teacher(pixels)
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+    assert weights_digest(teacher) == digest, 'the digest stands for the weights as they were loaded'
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert teacher.quicken((3, size, size)) == count  # again: nothing is left to fold
+
+
+class Reused(nn.Module):
+    """A convolution whose output also goes another way, so that the batch norm cannot be folded into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return (self.norm(x) + x).mean((2, 3))
+
+
+class Twice(nn.Module):
+    """A batch norm that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.norm(self.conv(x))).mean((2, 3))
+
+
+class Standardized(nn.Conv2d):
+    """A convolution that makes its weight anew."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+
+@pytest.mark.parametrize('make', [Reused, Twice, lambda: nn.Sequential(Standardized(3, 4, 3), nn.BatchNorm2d(4),
+                                                                       nn.AdaptiveAvgPool2d(1), nn.Flatten())])  # fmt: skip
+def test_what_cannot_be_folded_is_left_as_it_is(make):
+    model = make().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    state, x = {k: v.clone() for k, v in model.state_dict().items()}, torch.randn(2, 3, 8, 8)
+    before = model(x)
+    assert fold_batch_norms(model, x) == 0
+    assert torch.equal(model(x), before)
+    assert {k: v.tolist() for k, v in model.state_dict().items()} == {k: v.tolist() for k, v in state.items()}
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'momentum', 'adam', 'adamw'])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_the_fused_optimizer_does_what_the_plain_one_does(opt, memory_format):
+    found = []
+    for kwargs in ({}, {'foreach': False}):
+        torch.manual_seed(0)
+        model = timm.create_model('test_resnet', num_classes=3).to(memory_format=memory_format)
+        optimizer = create_optimizer(model, Config(opt=opt, lr=0.05, weight_decay=1e-3, opt_kwargs=kwargs))
+        assert optimizer.param_groups[0].get('fused') is (None if kwargs else True)
+        for step in range(3):
+            x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step)).to(memory_format=memory_format)
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 if opt.startswith('adam') else 1e-6)
+
+
+@pytest.mark.parametrize('name', ['rld', 'ctkd'])
+def test_compiled_with_its_criterion_a_step_has_the_same_loss_and_gradients(name):
+    view = InputView((0.5,) * 3, (0.25,) * 3)
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(48, 6)) for _ in range(2)]
+    task = DistillationTask(networks[0], Teacher(networks[1], view), name, view=view)
+    task.train()
+    pixels, target = torch.randint(256, (8, 3, 4, 4), dtype=torch.uint8), torch.randint(6, (8,))
+    figures = []
+    for compiled in (False, True):
+        if compiled:
+            task.compile(backend='aot_eager')
+        for epoch in (1, 2, 3):
+            task.set_epoch(epoch)
+            networks[0].zero_grad()
+            result = task(pixels, target)
+            result['loss'].backward()
+        figures.append([result['loss'].detach(), networks[0][1].weight.grad.clone()])
+        assert {k for k in result if k not in ('output', 'loss')} >= {'task_loss', 'kd_loss'}
+    for a, b in zip(*figures):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: numbers read from tensors, and shapes that depend on values."""
+
+    SYNCS = ('aten._local_scalar_dense', 'aten.nonzero', 'aten.masked_select', 'aten.is_nonzero', 'aten.equal')
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).rpartition('.')[0] in self.SYNCS:
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name', list(CRITERIA))
+def test_no_step_waits_for_the_device(name, folder, tmp_path):
+    """Between the first step (which looks at its first batch more closely) and the end of the epoch."""
+    counter = Reads()
+
+    class Watched:
+        """The loader, which lets the counter see whole steps."""
+
+        def __init__(self, loader) -> None:
+            self.loader = loader
+
+        def __getattr__(self, attribute):
+            return getattr(self.loader, attribute)
+
+        def __len__(self) -> int:
+            return len(self.loader)
+
+        def __iter__(self):
+            for i, batch in enumerate(self.loader):
+                if i == 1:
+                    counter.__enter__()
+                yield batch
+            counter.__exit__(None, None, None)
+
+    loaders = [make_loader(folder, split, 8, training=split == 'train') for split in ('train', 'validation')]
+    student, teacher = (timm.create_model(n, num_classes=3) for n in ('test_vit', 'test_resnet'))
+    config = resolve(Config(
+        teacher='a', student='b', distill=name, data_dir='.', epochs=1, teacher_epochs=0, lr=0.01, img_size=32,
+        clip_grad=1.0, mixup=0.2, model_ema=True,
+    ))  # fmt: skip
+    criterion = None if name == 'none' else create_distill_loss(name)
+    task = DistillationTask(student, Teacher(teacher), criterion)
+    kept = functools.partial(fit, config=config, log_file=tmp_path / 'log.csv')
+    kept(task, Watched(loaders[0]), loaders[1], Accelerator(cpu=True))
+    assert counter.found == []
+
+
+def test_a_log_says_where_the_time_of_each_epoch_goes(folder, trained_teacher, tmp_path):
+    from train_distill import main
+
+    argv = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_vit', '--data-dir', str(folder), '-b', '8',
+            '--img-size', '32', '--epochs', '2', '--workers', '0', '--min-teacher-acc', '0', '--output', str(tmp_path),
+            '--experiment', 'run']  # fmt: skip
+    assert main(argv) == 0
+    for row in csv.DictReader((tmp_path / 'run' / 'summary.csv').open()):
+        seconds = [float(row[f'seconds_{part}']) for part in ('data', 'teacher', 'student', 'other')]
+        assert min(seconds) > 0
+        assert 41 / sum(seconds) == pytest.approx(float(row['images_per_second']), rel=1e-4)

@@ -1,0 +1,374 @@
+"""A training step and its parts: how near the loop is to what the two networks cost alone."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..cache import TeacherCache
+from ..config import Config, resolve
+from ..data import LOADER_SETTINGS, SPLIT_SETTINGS, Source, create_loaders, open_splits
+from ..data.replay import Step
+from ..engine import create_accelerator, create_optimizer, fit, quicken
+from ..errors import UsageError
+from ..loss import choose_criterion
+from ..pairing import Pair, Teacher, create_student
+from ..runs import PARTS
+from ..task import DistillationTask
+from ._measure import markdown
+from .data import write_photographs
+
+LOADER_SECONDS = 8.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--teacher', default='resnet34', metavar='NAME', help='default: resnet34')
+    parser.add_argument('--student', default='resnet18', metavar='NAME', help='default: resnet18')
+    parser.add_argument('--img-size', type=int, default=224, metavar='N', help='default: 224')
+    parser.add_argument('--batch-size', type=int, default=32, metavar='N', help='default: 32')
+    classes = 'a table each (default: 1000; 100 below 128 pixels)'
+    parser.add_argument('--num-classes', type=int, nargs='+', metavar='N', help=classes)
+    parser.add_argument('--distill', default='rld', metavar='NAME', help='default: rld')
+    parser.add_argument('--mixed-precision', choices=('no', 'fp16', 'bf16'), default='no')
+    parser.add_argument('--torchcompile', action='store_true')
+    parser.add_argument('--channels-last', action=argparse.BooleanOptionalAction, help='default: as in a run')
+    parser.add_argument('--rounds', type=int, default=5, help='in which all take turns (default: 5)')
+    parser.add_argument('--steps', type=int, default=5, help='of each in a round (default: 5)')
+    parser.add_argument('--data-dir', metavar='DIR', help='for the loader (default: photographs made for it)')
+    parser.add_argument('--workers', default='auto', metavar='N', help='of the loader (default: auto)')
+    parser.add_argument('--no-loader', action='store_true', help='leave the loader out')
+
+
+def run(args: argparse.Namespace) -> str:
+    """Tables as Markdown, a line of ratios and advice under each."""
+    for name in ('img_size', 'batch_size', 'rounds', 'steps', *(['num_classes'] if args.num_classes else [])):
+        if min(v if isinstance(v := getattr(args, name), list) else [v]) < 1:
+            raise UsageError(f'--{name.replace("_", "-")} {v}: must be at least 1')
+    texts = []
+    for classes in args.num_classes or [1000 if args.img_size >= 128 else 100]:
+        found = bench_step(
+            args.teacher, args.student, num_classes=classes, rounds=args.rounds, steps=args.steps,
+            loader=not args.no_loader and not texts, data_dir=args.data_dir,
+            **{name: getattr(args, name) for name in (
+                'img_size', 'batch_size', 'distill', 'mixed_precision', 'torchcompile', 'channels_last', 'workers',
+            )},
+        )  # fmt: skip
+        texts.append(describe(found))
+    return '\n\n'.join(texts)
+
+
+@dataclass
+class Found:
+    """What :func:`bench_step` measured.
+
+    Attributes:
+        title: pair, sizes, precision, device.
+        seconds: of a step, by what it is (medians).
+        online, cached: the loop beside its bound, each pair measured in turns.
+        split: shares of the online loop's time, by part.
+        batch_size: images.
+        folded: batch norms of the teacher.
+    """
+
+    title: str
+    seconds: dict[str, float]
+    online: float
+    cached: float
+    split: dict[str, float]
+    batch_size: int
+    folded: int
+
+
+def bench_step(
+    teacher: str,
+    student: str,
+    *,
+    img_size: int,
+    batch_size: int,
+    num_classes: int,
+    distill: str = 'rld',
+    mixed_precision: str = 'no',
+    torchcompile: bool = False,
+    channels_last: bool | None = None,
+    rounds: int = 5,
+    steps: int = 5,
+    workers: str = 'auto',
+    data_dir: str | None = None,
+    loader: bool = True,
+) -> Found:
+    """Time the parts of a training step, and the loop of a real run (:func:`timm_rld.engine.fit`) on batches in memory,
+    with the teacher and with a cache of its logits.
+
+    Networks have random weights, which cost what trained ones do. Before each epoch of the loop come the student alone
+    on the same batches and logits (S) and the teacher alone (T), so that a change of the machine's pace hits all alike.
+
+    Args:
+        rounds, steps: the loop's epochs, and batches in each; before them, one epoch that does not count.
+        loader: measure the loader too: on ``data_dir``, or on photographs made for it.
+    """
+    config = resolve(
+        Config(
+            teacher=teacher, student=student, distill=distill, data_dir=data_dir or '.', img_size=img_size,
+            num_classes=num_classes, batch_size=batch_size, epochs=rounds + 1, teacher_epochs=0, lr=1e-3,
+            sched='constant', warmup_epochs=0, task_loss_weight=1.0, distill_loss_weight=1.0, distill_warmup_epochs=0,
+            mixed_precision=mixed_precision, torchcompile=torchcompile, channels_last=channels_last, workers=workers,
+            log_interval=10**9, teacher_cache=None,
+        )
+    )  # fmt: skip
+    accelerator = create_accelerator(config)
+    config.mixed_precision = accelerator.mixed_precision
+    torch.manual_seed(0)
+    pair = create_student(student, num_classes, img_size=img_size)
+    network = create_student(teacher, num_classes, img_size=img_size)
+    pair.teacher = Teacher(network.student, network.view, name=teacher)
+    quicken(pair, accelerator, config)
+    criterion = choose_criterion(distill, False, {})[1]
+
+    batches = _batches(steps, batch_size, pair.data_config['input_size'], num_classes)
+    alone = _Alone(pair, copy.deepcopy(criterion), batches, accelerator, config)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        source = Source(range(steps * batch_size), 'train', num_classes, None, False, 'RGB')
+        settings = dict(teacher_cache=f'{folder}/cache', teacher_cache_views=1)
+        cached = _with(config, **settings)
+        cache = TeacherCache(cached, accelerator, source, source)
+        cache.open(pair.data_config, teacher=pair.teacher)
+        for i, (_, target, indices) in enumerate(batches):
+            cache.logits(1, indices, target, lambda i=i: alone.logits[i].cpu())
+        loops, histories = {}, {}
+        for name, kwargs, c in (('online', {}, config), ('cached', {'cache': cache}, cached)):
+            task = DistillationTask(
+                copy.deepcopy(pair.student), None if kwargs else pair.teacher, copy.deepcopy(criterion), view=pair.view,
+                task_loss_weight=1.0, distill_loss_weight=1.0, warmup_epochs=0, **kwargs,
+            )  # fmt: skip
+            loops[name] = _InMemory(batches, batch_size, alone.all if name == 'online' else alone.student, accelerator)
+            validation = _InMemory(batches[:1], batch_size)
+            log = Path(folder) / 'log.csv'
+            histories[name] = fit(task, loops[name], validation, accelerator, c, log_file=log)[1:]
+    seconds = {
+        f'student alone, with {distill} on logits in memory (S)': statistics.median(alone.times['student']),
+        f'{distill} alone': statistics.median(alone.times['criterion']),
+        'teacher alone (T)': statistics.median(alone.times['teacher']),
+        'online step': loops['online'].step_seconds(),
+        'cached step': loops['cached'].step_seconds(),
+    }
+    count = rounds * steps
+    if loader:
+        seconds['loader alone, a batch'] = _loader(config, pair, data_dir)
+    # its data come from memory
+    spent = {p: sum(row[f'seconds_{p}'] for row in histories['online']) for p in PARTS if p != 'data'}
+    return Found(
+        title=f'{teacher} → {student}, {img_size}×{img_size}, batch {batch_size}, {num_classes} classes, '
+        f'{accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32"}'
+        f'{", compiled" if torchcompile else ""}, {accelerator.device.type}',
+        seconds=seconds,
+        online=_ratio(loops['online'], {part: alone.times[part][:count] for part in ('student', 'teacher')}, steps),
+        cached=_ratio(loops['cached'], {'student': alone.times['student'][count:]}, steps),
+        split={k: v / sum(spent.values()) for k, v in spent.items()},
+        batch_size=batch_size,
+        folded=pair.teacher.folded,
+    )
+
+
+def describe(found: Found) -> str:
+    """The table, the ratios, where the time goes, and advice."""
+    rows = [
+        {'part': name, 'ms': 1000 * seconds, 'images/s': found.batch_size / seconds}
+        for name, seconds in found.seconds.items()
+    ]
+    online, cached = found.seconds['online step'], found.seconds['cached step']
+    shares = ', '.join(f'{name} {100 * share:.1f}%' for name, share in found.split.items())
+    lines = [
+        f'{found.title}; {found.folded} batch norms of the teacher are folded',
+        '',
+        markdown(rows),
+        '',
+        f'online / (S + T): {found.online:.3f}; cached / S: {found.cached:.3f}',
+        f'where the online step goes: {shares}',
+    ]
+    loader = found.seconds.get('loader alone, a batch')
+    if loader and loader > cached:
+        lines.append(f'the loader is the limit of a {"" if loader > online else "cached "}run: more --workers, '
+                     'or --jpeg-draft')  # fmt: skip
+    best = max(cached, loader or 0)
+    if online / best > 1.1:
+        lines.append(f'a --teacher-cache would give {max(online, loader or 0) / best:.1f}×')
+    return '\n'.join(lines)
+
+
+def _with(config: Config, **changes: Any) -> Config:
+    config = copy.copy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def _batches(count: int, batch_size: int, size: tuple[int, ...], classes: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randint(256, (batch_size, *size), generator=generator, dtype=torch.uint8),
+            torch.randint(classes, (batch_size,), generator=generator),
+            torch.arange(i * batch_size, (i + 1) * batch_size),
+        )
+        for i in range(count)
+    ]
+
+
+class _Alone:
+    """The parts by themselves: the least that has to be done.
+
+    Attributes:
+        logits: the teacher's, of each batch.
+        times: seconds of each step so far, by part.
+    """
+
+    def __init__(self, pair: Pair, criterion: Any, batches: list, accelerator: Accelerator, config: Config) -> None:
+        self.teacher, self.view, self.accelerator = copy.deepcopy(pair.teacher), copy.deepcopy(pair.view), accelerator
+        self.device = accelerator.device
+        self.network, self.criterion = copy.deepcopy(pair.student).to(self.device).train(), criterion.to(self.device)
+        self.view.to(self.device)
+        layout = config.channels_last
+        if layout is None:
+            on_gpu = self.device.type == 'cuda'
+            layout = accelerator.mixed_precision != 'no' if on_gpu else config.img_size >= 128
+        self.format = torch.channels_last if layout else torch.contiguous_format
+        self.network.to(memory_format=self.format)
+        self.optimizer = create_optimizer(self.network, config)
+        if config.torchcompile:
+            self.network = torch.compile(self.network)
+            self.teacher.compile()
+            self.criterion.compile()
+        self.batches = [(p.to(self.device), t.to(self.device)) for p, t, _ in batches]
+        self.logits = [self._ask(p) for p, _ in self.batches]
+        self.times: dict[str, list[float]] = {'student': [], 'teacher': [], 'criterion': []}
+
+    def _ask(self, pixels: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            return self.teacher(pixels)
+
+    def _timed(self, part: str, steps: Sequence[Callable[[], Any]], count: bool) -> None:
+        for step in steps:
+            started = time.perf_counter()
+            step()
+            if self.device.type == 'cuda':
+                torch.cuda.synchronize()
+            if count:
+                self.times[part].append(time.perf_counter() - started)
+
+    def student(self, count: bool) -> None:
+        """A round of the student alone."""
+
+        def step(i: int) -> None:
+            pixels, target = self.batches[i]
+            with self.accelerator.autocast():
+                logits = self.network(self.view(pixels.to(memory_format=self.format))).float()
+                loss = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
+                loss = loss + self.criterion(logits, self.logits[i], target)
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        self._timed('student', [lambda i=i: step(i) for i in range(len(self.batches))], count)
+
+    def all(self, count: bool) -> None:
+        """A round of each."""
+
+        def criterion(i: int) -> None:
+            logits = self.logits[i].clone().requires_grad_()
+            self.criterion(logits, self.logits[i - 1], self.batches[i][1]).backward()
+
+        self.student(count)
+        self._timed('teacher', [lambda p=p: self._ask(p) for p, _ in self.batches], count)
+        self._timed('criterion', [lambda i=i: criterion(i) for i in range(len(self.batches))], count)
+
+
+class _InMemory:
+    """Batches in memory in the place of a :class:`timm_rld.data.Loader`. Each epoch begins with a round of something
+    else; the first one does not count.
+
+    Attributes:
+        epochs: for each that counts, seconds of its steps, and of what was measured before them.
+    """
+
+    can_start_within = True
+    dataset = None
+
+    def __init__(
+        self,
+        batches: list,
+        batch_size: int,
+        before: Callable[[bool], None] = lambda _: None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.batches, self.batch_size, self.before = batches, batch_size, before
+        self.updates_per_epoch, self.epoch, self.times = len(batches), 0, []
+        self.wait = torch.cuda.synchronize if accelerator and accelerator.device.type == 'cuda' else lambda: None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, start: int = 0, view: int | None = None) -> None:
+        self.epoch = epoch
+
+    def step(self, batch: int) -> Step:
+        return Step(self.batch_size, self.batch_size, True)
+
+    def left_out(self) -> tuple[int, ...]:
+        return ()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        self.before(self.epoch > 1)
+        for batch in self.batches:
+            self.wait()
+            started = time.perf_counter()
+            yield batch
+            self.wait()
+            if self.epoch > 1:
+                self.times.append(time.perf_counter() - started)
+
+    def step_seconds(self) -> float:
+        """Median."""
+        return statistics.median(self.times)
+
+
+def _ratio(loop: _InMemory, alone: dict[str, list[float]], steps: int) -> float:
+    """Median over rounds of a loop's step beside the parts that it cannot do without."""
+    rounds = range(0, len(loop.times), steps)
+
+    def medians(times: list[float]) -> list[float]:
+        return [statistics.median(times[r : r + steps]) for r in rounds]
+
+    bounds = zip(*map(medians, alone.values()))
+    return statistics.median(step / sum(parts) for step, parts in zip(medians(loop.times), bounds))
+
+
+def _loader(config: Config, pair: Pair, data_dir: str | None) -> float:
+    """Seconds for a batch of the training loader alone, with the augmentation of a run."""
+    with tempfile.TemporaryDirectory() as made:
+        if data_dir is None:
+            side = max(32, min(500, 2 * config.img_size))
+            for split in ('train', 'validation'):
+                write_photographs(Path(made) / split, 2 * config.batch_size, (side, side * 3 // 4))
+        splits = open_splits(**config.pick(*SPLIT_SETTINGS) | {'data_dir': data_dir or made, 'num_classes': None})
+        loader = create_loaders(*splits, pair.data_config, **config.pick(*LOADER_SETTINGS))[0]
+        count, epoch, started = 0, 0, None
+        while started is None or time.perf_counter() - started < LOADER_SECONDS:
+            epoch += 1
+            loader.set_epoch(epoch)
+            for _ in loader:
+                count += started is not None
+            started = started or time.perf_counter()  # the first epoch starts the workers
+    return (time.perf_counter() - started) / max(count, 1)
