@@ -49,3 +49,26 @@ def test_the_benchmark_of_loaders_measures_normalised_batches_of_the_same_size(f
     raw = next(iter(loader))[0].double() / 255
     mean, std = (torch.tensor(NORM[k]).view(-1, 1, 1) for k in ('mean', 'std'))
     assert torch.allclose(pixels.double(), (raw - mean) / std, atol=1e-5)
+
+
+def test_the_step_benchmark_sets_the_loop_beside_its_parts(capsys):
+    argv = ['bench', 'step', '--teacher', 'test_resnet', '--student', 'test_vit', '--img-size', '32', '--batch-size',
+            '4', '--rounds', '1', '--steps', '2', '--num-classes', '10', '20', '--no-loader']  # fmt: skip
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    for part in ('(S) |', '| rld alone |', '(T) |', '| online step |', '| cached step |'):
+        assert out.count(part) == 2, part
+    assert 'online / (S + T): ' in out and 'cached / S: ' in out and 'teacher ' in out
+    assert '10 classes' in out and '20 classes' in out
+    for wrong in (['--rounds', '0'], ['--num-classes', '0'], ['--student', 'resnet81'], ['--distill', 'rdl']):
+        assert main([*argv, *wrong]) != 0
+        assert wrong[0] in capsys.readouterr().err
+
+
+def test_the_cache_benchmark_prints_a_row_for_each_length(capsys):
+    argv = ['bench', 'cache', '--rows', '50', '300', '--num-classes', '7', '--batch-size', '16']
+    assert main(argv) == 0
+    assert [f'| {n} |' in capsys.readouterr().out for n in (50,)] == [True]
+    for wrong, message in ((['--rows', '3'], 'at least a batch'), (['--num-classes', '0'], 'at least 1')):
+        assert main([*argv, *wrong]) == 2
+        assert message in capsys.readouterr().err

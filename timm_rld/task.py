@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.loss import create_classification_loss
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from .cache import TeacherCache
 from .data.mixing import MixedTarget
 from .loss import CRITERIA, DistillLoss, create_distill_loss
 from .pairing import InputView, Teacher, input_view
+
+if TYPE_CHECKING:
+    from .cache import TeacherCache
 
 
 class DistillationTask(TrainingTask):
