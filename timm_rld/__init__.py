@@ -10,8 +10,8 @@ import importlib
 import os
 from typing import Any
 
-# Before torch loads: OpenMP's threads sleep where they would wait spinning. Where another program wants the same cores a
-# step then takes half the time, on idle cores as long as before.
+# Before torch loads: OpenMP's threads sleep where they would wait spinning. Where another program wants the same cores
+# a step then takes half the time, on idle cores as long as before.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 from . import models as models  # noqa: E402
