@@ -30,7 +30,7 @@ FLOORS = {
     'guard': {'errors'},
     'checkpoint': {'runs', 'errors'},
     'engine': {'cache', 'checkpoint', 'guard', 'task', 'data', 'pairing', 'runs', 'config', 'errors'},
-    'bench': {'cache', 'config', 'data', 'engine', 'errors', 'loss', 'pairing', 'runs', 'task'},
+    'bench': {'cache', 'config', 'data', 'engine', 'errors', 'hub', 'loss', 'pairing', 'runs', 'task'},
     'report': {'errors'},
     'push': {'report', 'hub', 'errors'},
     'compare': {'config', 'errors', 'loss'},

@@ -14,6 +14,7 @@ BENCHMARKS = {
     'step': 'a training step and its parts, online and cached, beside what the two networks cost alone',
     'loss': 'time and memory of every criterion',
     'data': "images a second of the loader, beside timm's",
+    'timm': "whole training beside timm's own script with --kd-model-name",
 }
 
 
