@@ -159,6 +159,26 @@ def test_a_program_is_stopped_once_it_is_measured_and_its_memory_read(tmp_path):
         os.kill(int((tmp_path / 'pid').read_text()), 0)
 
 
+def test_nothing_of_a_program_is_left_when_the_next_starts(tmp_path):
+    code = f"""
+        import os, time
+        program = os.getpid()
+        if not os.fork():  # as a loader worker: in a group of its own, it leaves some time after its parent
+            os.setpgrp()
+            while os.getppid() == program:
+                time.sleep(0.05)
+            time.sleep(0.3)
+            open({str(tmp_path / 'left')!r}, 'w').close()
+            os._exit(0)
+        time.sleep(0.2)
+        for batch in range(3):
+            print(f'Train: 0 [{{batch}}/9]', flush=True)
+        time.sleep(600)
+    """
+    beside_timm.measure('it', program(code), 1, 2, dict(os.environ))
+    assert (tmp_path / 'left').exists()
+
+
 @pytest.mark.parametrize(
     ('code', 'message'),
     [

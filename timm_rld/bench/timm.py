@@ -35,6 +35,7 @@ from ._measure import markdown
 from .data import draw_photograph
 
 TIMM, OURS = "timm's train.py", 'train_distill.py'
+LEAVE_SECONDS = 30.0
 DISTINCT = 64  # photographs; the others are further names of theirs
 _BATCH_OF_TIMM = re.compile(r'Train: 0 \[ *(\d+)/(\d+)')  # from 0
 _BATCH_OF_OURS = re.compile(r'student epoch 1/\d+ \[(\d+)/(\d+)\]')
@@ -219,8 +220,11 @@ def measure(
         raise UserError(f'{name}: ended with code {process.wait()} before batch {warmup + steps}: {error or said}')
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # loader workers too
-        process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+        # loader workers in groups of their own leave within seconds, and hold the pipe until then: nothing of this
+        # program may run beside the next
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=LEAVE_SECONDS)
         process.stdout.close()
 
 
