@@ -219,3 +219,9 @@ def test_twenty_steps_give_what_the_published_program_gives():
         logits = student.eval()(IMAGES)
     expected = torch.tensor(STEPS['final_logits'], dtype=torch.float64)
     assert (logits - expected).abs().max() <= 1e-7 * expected.abs().max()
+
+
+def test_networks_are_made_where_and_as_timms_own_are():
+    model = timm.create_model('cifar_resnet8', device='meta', dtype=torch.bfloat16, num_classes=7)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
+    assert timm.task.DistillationTeacher(timm.create_model('cifar_vgg8', device=torch.device('cpu'))).model is not None

@@ -192,8 +192,16 @@ def cifar_cfgs(first_conv: str, classifier: str, *names: str) -> Any:
     return generate_default_cfgs({f'{name}.untrained': dict(cfg) for name in names})
 
 
-def build(cls: Callable[..., CifarNet], name: str, pretrained: bool, args: dict[str, Any], **kwargs: Any) -> CifarNet:
-    """timm's builder, with all features for `features_only`."""
+def build(
+    cls: Callable[..., CifarNet],
+    name: str,
+    pretrained: bool,
+    args: dict[str, Any],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> CifarNet:
+    """timm's builder, with all features for `features_only`, and moved where asked for, as timm's own models are."""
     kwargs = {**args, **kwargs}
     features = dict(out_indices=tuple(range(len(cls.stages) + 1)), feature_cls='getter')
-    return build_model_with_cfg(cls, name, pretrained, feature_cfg=features, **kwargs)
+    return build_model_with_cfg(cls, name, pretrained, feature_cfg=features, **kwargs).to(device=device, dtype=dtype)
