@@ -43,7 +43,7 @@ def compared(folder, tmp_path_factory):
         'compare', '--criteria', 'none', 'rld:beta=2,distill_warmup_epochs=1', '--seeds', '0', '--output', str(output),
         '--teacher', 'test_resnet', '--student', 'test_resnet', '--data-dir', str(folder), '--img-size', '32',
         '--no-teacher-pretrained', '--teacher-epochs', '1', '--epochs', '1', '-b', '8', '--workers', '0',
-        '--lr', '0.01', '--min-teacher-acc', '0',
+        '--lr', '0.01', '--min-teacher-acc', '0', '--teacher-cache', str(output.parent / 'cache'),
     ]  # fmt: skip
     assert main(argv) == 0
     return output, argv
@@ -58,6 +58,7 @@ def test_the_teacher_is_fitted_once_and_each_run_has_its_criterion(compared):
     assert results['distill'] == 'rld' and results['distill_options']['beta'] == 2
     assert not list(output.glob('*seed*/teacher')) and (output / 'teacher' / 'teacher').is_dir()
     assert (output / 'compare.md').read_text().count('\n| ') == 4
+    assert [p.name for p in (output.parent / 'cache').iterdir()] == ['seed-0'], 'seeds see other images'
     assert len((output / 'compare.csv').read_text().splitlines()) == 3
 
 

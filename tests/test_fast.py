@@ -157,31 +157,29 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize('name', list(CRITERIA))
-def test_no_step_waits_for_the_device(name, folder, tmp_path):
-    """Between the first step (which looks at its first batch more closely) and the end of the epoch."""
-    counter = Reads()
+class Watched:
+    """A loader that lets a counter see whole steps, from the second on (the first looks at its batch more closely)."""
 
-    class Watched:
-        """The loader, which lets the counter see whole steps."""
+    def __init__(self, loader, counter=None) -> None:
+        self.loader, self.counter = loader, counter
 
-        def __init__(self, loader) -> None:
-            self.loader = loader
+    def __getattr__(self, attribute):
+        return getattr(self.loader, attribute)
 
-        def __getattr__(self, attribute):
-            return getattr(self.loader, attribute)
+    def __len__(self) -> int:
+        return len(self.loader)
 
-        def __len__(self) -> int:
-            return len(self.loader)
+    def __iter__(self):
+        for i, batch in enumerate(self.loader):
+            if i == 1:
+                self.counter.__enter__()
+            yield batch
+        self.counter.__exit__(None, None, None)
 
-        def __iter__(self):
-            for i, batch in enumerate(self.loader):
-                if i == 1:
-                    counter.__enter__()
-                yield batch
-            counter.__exit__(None, None, None)
 
-    loaders = [make_loader(folder, split, 8, training=split == 'train') for split in ('train', 'validation')]
+def train(watch, name: str, folder, tmp_path, accelerator: Accelerator, **kwargs) -> None:
+    """An epoch on a loader that is watched."""
+    loaders = [make_loader(folder, split, 8, training=split == 'train', **kwargs) for split in ('train', 'validation')]
     student, teacher = (timm.create_model(n, num_classes=3) for n in ('test_vit', 'test_resnet'))
     config = resolve(Config(
         teacher='a', student='b', distill=name, data_dir='.', epochs=1, teacher_epochs=0, lr=0.01, img_size=32,
@@ -189,12 +187,33 @@ def test_no_step_waits_for_the_device(name, folder, tmp_path):
     ))  # fmt: skip
     criterion = None if name == 'none' else create_distill_loss(name)
     task = DistillationTask(student, Teacher(teacher), criterion)
-    kept = functools.partial(fit, config=config, log_file=tmp_path / 'log.csv')
-    kept(task, Watched(loaders[0]), loaders[1], Accelerator(cpu=True))
+    fit(task, watch(loaders[0]), loaders[1], accelerator, config, log_file=tmp_path / 'log.csv')
+
+
+@pytest.mark.parametrize('name', list(CRITERIA))
+def test_no_step_waits_for_the_device(name, folder, tmp_path):
+    counter = Reads()
+    train(functools.partial(Watched, counter=counter), name, folder, tmp_path, Accelerator(cpu=True))
     assert counter.found == []
     with counter:
         torch.ones(()).item()
     assert counter.found, 'what the test looks for would be seen'
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+def test_on_a_gpu_no_step_waits_for_it(precision, folder, tmp_path):
+    class Strict(Watched):
+        def __iter__(self):
+            try:
+                for i, batch in enumerate(self.loader):
+                    if i == 2:
+                        torch.cuda.set_sync_debug_mode('error')
+                    yield batch
+            finally:
+                torch.cuda.set_sync_debug_mode('default')
+
+    train(Strict, 'rld', folder, tmp_path, Accelerator(mixed_precision=precision), pin_memory=True)
 
 
 def test_a_log_says_where_the_time_of_each_epoch_goes(folder, trained_teacher, tmp_path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -84,12 +85,8 @@ class Rows:
                     f.write(struct.pack('<Q', len(text)) + text)
                     f.flush()
                     total = 8 + len(text) + offsets[1]
-                    if hasattr(os, 'posix_fallocate'):
-                        os.posix_fallocate(f.fileno(), 0, total)
-                    else:
-                        f.truncate(total)
-                with contextlib.suppress(FileExistsError):  # another process was first
-                    os.link(part, path)
+                    _reserve(f, total)
+                _put(part, path)
             except OSError as e:
                 raise UserError(f'--teacher-cache: {path} cannot be written ({e.strerror})') from e
             finally:
@@ -131,6 +128,27 @@ class Rows:
     def __del__(self) -> None:
         if getattr(self, '_file', None) is not None:
             os.close(self._file)
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Make a file that long, with room on the disk where the file system can promise it."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as e:
+        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        file.truncate(size)
+
+
+def _put(part: Path, path: Path) -> None:
+    """Give a whole file its name, unless another process was first: its file may have rows already."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            part.replace(path)
 
 
 def _crc(row: np.ndarray) -> int:

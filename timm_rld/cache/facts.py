@@ -66,7 +66,16 @@ class Purpose:
     def validation_facts(self, weights: str) -> dict[str, Any]:
         """What the rows of the validation split depend on."""
         facts = self.facts(weights)
-        kept = ('format', 'weights', '--teacher-class', '--teacher-mean', '--teacher-std', '--teacher-img', '--mixed')
+        kept = (
+            'format',
+            'weights',
+            '--teacher-class',
+            '--teacher-mean',
+            '--teacher-std',
+            '--teacher-img',
+            '--mixed',
+            '--jpeg',
+        )
         d = self.data_config
         how = {k: d[k] for k in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')}
         own = {k: v for k, v in facts.items() if k.startswith(kept)}
@@ -77,8 +86,8 @@ class Purpose:
         if dataset and os.path.exists(os.path.expanduser(dataset.partition('/')[2])):
             dataset = 'a folder'  # it may be moved: the digest tells it
         return {
-            '--dataset': dataset, 'split': name, 'images': len(source), 'classes': source.num_classes,
-            'files and labels (a digest)': source.digest(),
+            '--dataset': dataset, '--input-key': self.config.input_key, 'split': name, 'images': len(source),
+            'classes': source.num_classes, 'files and labels (a digest)': source.digest(),
         }  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def verify(
     if found := difference(facts, purpose.facts(weights)):
         raise UserError(f'{folder}: data or teacher are not those that it was filled from: {found}')
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    teacher.to(device).quicken(data_config['input_size'])
+    teacher.quicken(data_config['input_size'])
+    teacher.to(device)
     settings = {**config.pick(*LOADER_SETTINGS), 'workers': 0}
     dataset = create_loaders(train, val, data_config, **settings)[0].dataset
 
