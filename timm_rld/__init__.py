@@ -10,8 +10,8 @@ import importlib
 import os
 from typing import Any
 
-# Before torch loads: a thread of GNU OpenMP that waits spins a hundredth as long before it sleeps. On idle cores that is
-# as fast (no spinning at all costs an eighth); beside another program a step takes two thirds of the time.
+# Before torch loads: a thread of GNU OpenMP that waits spins a hundredth as long before it sleeps. On idle cores that
+# is as fast (no spinning at all costs an eighth); beside another program a step takes two thirds of the time.
 SPINCOUNT = '3000'
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', SPINCOUNT)

@@ -27,7 +27,8 @@ import numpy as np
 import timm
 import torch
 
-from .. import SPINCOUNT
+import timm_rld
+
 from ..config import cores
 from ..errors import Stopped, UsageError, UserError, did_you_mean
 from ..hub import export_model
@@ -82,7 +83,9 @@ def run(args: argparse.Namespace) -> str:
         teacher = write_teacher(args.teacher, Path(folder) / 'teacher', classes, args.img_size)
         programs = commands(args, data, f'local-dir:{teacher}', len(classes), threads, Path(folder) / 'runs')
         env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
-        if env.get('GOMP_SPINCOUNT') == SPINCOUNT:  # ours, from importing timm_rld: timm's script has its own way
+        if (
+            env.get('GOMP_SPINCOUNT') == timm_rld.SPINCOUNT
+        ):  # ours, from importing timm_rld: timm's script has its own way
             del env['GOMP_SPINCOUNT']
         env['ACCELERATE_USE_CPU'] = str(args.device == 'cpu').lower()
         found: dict[str, list[Measured]] = {name: [] for name in programs}
