@@ -142,6 +142,26 @@ def test_compiled_with_its_criterion_a_step_has_the_same_loss_and_gradients(name
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize('name', ['rld', 'kd', 'dkd'])
+def test_fast_and_plain_a_step_has_the_same_loss_and_gradients(name):
+    teacher, student = Teacher(trained('cifar_resnet20')), timm.create_model('cifar_resnet8', num_classes=10)
+    task = DistillationTask(student, teacher, name).train()
+    pixels, target = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (16,))
+    figures = []
+    for fast in (False, True):
+        if fast:
+            teacher.quicken((3, 32, 32))
+            student.to(memory_format=torch.channels_last)
+            pixels = pixels.to(memory_format=torch.channels_last)
+        student.zero_grad()
+        result = task(pixels, target)
+        result['loss'].backward()
+        gradient = torch.cat([p.grad.flatten() for p in student.parameters()])
+        figures.append((result['output'].detach(), result['loss'].detach(), gradient))
+    for plain, fast in zip(*figures):
+        assert (fast - plain).norm() <= 1e-5 * plain.norm()
+
+
 class Reads(TorchDispatchMode):
     """Counts what makes the host wait for the device: numbers read from tensors, and shapes that depend on values."""
 

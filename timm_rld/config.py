@@ -244,7 +244,7 @@ class Config:
     mixed_precision: str | None = setting(
         None, RUN, 'default: what `accelerate launch` says, else no', choices=('no', 'fp16', 'bf16')
     )
-    channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes on GPUs with mixed precision)')
+    channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)')
     sync_bn: bool = setting(False, RUN, 'batch norm over all processes (GPUs)', flag=True)
     torchcompile: bool = setting(False, RUN, 'compile student and teacher', flag=True)
     cpu_threads: int | None = setting(

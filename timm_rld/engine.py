@@ -138,11 +138,17 @@ def judge_teacher(
     return top1, predictions, digest
 
 
+def wants_channels_last(config: Config, accelerator: Accelerator) -> bool:
+    """The memory layout: as the settings say, else channels-last but for float32 on a GPU. Measured on a CPU, networks
+    for 32 pixels took 0.53 to 0.87 of the time with it, resnet18 the same at 32 and 0.8 at 224."""
+    if config.channels_last is not None:
+        return config.channels_last
+    return accelerator.device.type != 'cuda' or accelerator.mixed_precision != 'no'
+
+
 def quicken(pair: Pair, accelerator: Accelerator, config: Config) -> None:
     """Move a teacher to the device, and make it fast there."""
-    layout = config.channels_last
-    if layout is None:  # measured: at inference it gains at 32 pixels too
-        layout = accelerator.device.type != 'cuda' or accelerator.mixed_precision != 'no'
+    layout = wants_channels_last(config, accelerator)
     # on the CPU, where float32 is float32: a GPU's convolutions round to TF32, which no fold would pass
     pair.teacher.cpu().quicken(pair.data_config['input_size'], layout)
     pair.teacher.to(accelerator.device)
@@ -257,12 +263,7 @@ def fit(
         task.trainable_module = convert_sync_batchnorm(task.trainable_module)
     module = task.trainable_module
     task.to(device)
-    channels_last = config.channels_last
-    if channels_last is None:
-        # measured: on a CPU it gains a fifth at 224 pixels and loses as much at 32
-        on_gpu = device.type == 'cuda'
-        channels_last = accelerator.mixed_precision != 'no' if on_gpu else (config.img_size or 224) >= 128
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if wants_channels_last(config, accelerator) else torch.contiguous_format
     module.to(memory_format=memory_format)  # the teacher has its own
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)

@@ -22,7 +22,7 @@ from ..cache import TeacherCache
 from ..config import Config, resolve
 from ..data import LOADER_SETTINGS, SPLIT_SETTINGS, Source, create_loaders, open_splits
 from ..data.replay import Step
-from ..engine import create_accelerator, create_optimizer, fit, quicken
+from ..engine import create_accelerator, create_optimizer, fit, quicken, wants_channels_last
 from ..errors import UsageError
 from ..loss import choose_criterion
 from ..pairing import Pair, Teacher, create_student
@@ -240,11 +240,7 @@ class _Alone:
         self.device = accelerator.device
         self.network, self.criterion = copy.deepcopy(pair.student).to(self.device).train(), criterion.to(self.device)
         self.view.to(self.device)
-        layout = config.channels_last
-        if layout is None:
-            on_gpu = self.device.type == 'cuda'
-            layout = accelerator.mixed_precision != 'no' if on_gpu else config.img_size >= 128
-        self.format = torch.channels_last if layout else torch.contiguous_format
+        self.format = torch.channels_last if wants_channels_last(config, accelerator) else torch.contiguous_format
         self.network.to(memory_format=self.format)
         self.optimizer = create_optimizer(self.network, config)
         if config.torchcompile:
