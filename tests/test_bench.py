@@ -66,9 +66,15 @@ def test_the_step_benchmark_sets_the_loop_beside_its_parts(capsys):
     out = capsys.readouterr().out
     for part in ('(S) |', '| rld alone |', '(T) |', '| online step |', '| cached step |'):
         assert out.count(part) == 2, part
-    assert 'online / (S + T): ' in out and 'cached / S: ' in out and 'teacher ' in out
+    assert 'online / (S + T) ' in out and 'cached / S ' in out and 'teacher ' in out
     assert '10 classes' in out and '20 classes' in out
-    for wrong in (['--rounds', '0'], ['--num-classes', '0'], ['--student', 'resnet81'], ['--distill', 'rdl']):
+    for wrong in (
+        ['--rounds', '0'],
+        ['--num-classes', '0'],
+        ['--student', 'resnet81'],
+        ['--teacher', 'nosuch'],
+        ['--distill', 'rdl'],
+    ):
         assert main([*argv, *wrong]) != 0
         assert wrong[0] in capsys.readouterr().err
 

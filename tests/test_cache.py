@@ -193,7 +193,7 @@ def test_what_the_folder_held_before_does_not_change_a_run(argv, tmp_path, worke
                 f.write(bytes(4))
             f.seek(rows.start + 20 * rows.row_bytes)
             f.write(b'\x11\x22')
-    (tmp_path / 'cache' / 'validation.safetensors').unlink()
+    next((tmp_path / 'cache').glob('validation-*')).unlink()
     assert main(cached(argv, tmp_path, 'third', *more)) == 0
     assert student(tmp_path, 'first') == student(tmp_path, 'second') == student(tmp_path, 'third')
 
@@ -214,6 +214,9 @@ def test_for_a_student_with_other_preprocessing_the_teacher_is_judged_anew(argv,
     assert main([*argv, '--experiment', 'online', '--epochs', '1', '--crop-pct', '0.7']) == 0
     found = [json.loads((tmp_path / name / 'results.json').read_text()) for name in ('second', 'online')]
     assert found[0]['teacher_top1'] == found[1]['teacher_top1']
+    for name, crop in (('third', '1'), ('fourth', '0.7')):  # both are kept
+        assert main(cached(argv, tmp_path, name, *more, '--crop-pct', crop)) == 0
+        assert 'the teacher is not loaded' in capsys.readouterr().out
 
 
 def test_more_views_can_be_added(argv, tmp_path, capsys):
@@ -246,8 +249,19 @@ def test_a_fitted_teacher_has_a_cache_too(folder, tmp_path, capsys):
             '0', '--min-teacher-acc', '0', '--output', str(tmp_path)]  # fmt: skip
     for name in ('first', 'second'):
         assert main(cached(argv, tmp_path, name, '--teacher-cache-views', '1')) == 0
-    assert '1 classes' not in capsys.readouterr().out
+    hint = f'--teacher local-dir:{tmp_path / "second" / "teacher"} --teacher-epochs 0 would spare fitting it'
+    assert hint in capsys.readouterr().out
     assert student(tmp_path, 'first') == student(tmp_path, 'second')
+    ready = [
+        '--teacher',
+        f'local-dir:{tmp_path / "first" / "teacher"}',
+        '--teacher-epochs',
+        '0',
+        '--teacher-pretrained',
+    ]
+    argv = [a for a in argv if a != '--no-teacher-pretrained'] + ready
+    assert main(cached(argv, tmp_path, 'third', '--teacher-cache-views', '1')) == 0
+    assert 'the teacher is not loaded' in capsys.readouterr().out
     assert tools(['cache', 'verify', str(tmp_path / 'cache'), '--rows', '20']) == 0
 
 
@@ -338,7 +352,7 @@ def test_a_cache_of_other_images_is_refused(filled, folder, tmp_path, capsys):
 
 def test_data_and_teacher_may_be_moved(filled, folder, trained_teacher, tmp_path, no_teacher):
     _, flags = filled
-    data, teacher = shutil.copytree(folder, tmp_path / 'data'), tmp_path / 'elsewhere' / trained_teacher.name
+    data, teacher = shutil.copytree(folder, tmp_path / 'data'), tmp_path / 'renamed'
     shutil.copytree(trained_teacher, teacher)
     no_teacher()
     assert main([*flags, '--experiment', 'moved', '--data-dir', str(data), '--teacher', f'local-dir:{teacher}']) == 0
@@ -390,7 +404,7 @@ def test_a_folder_that_is_no_cache_is_refused(argv, tmp_path, kind, capsys):
     else:
         cache.mkdir()
         name = 'photo.png' if kind == 'not empty' else 'cache.json'
-        text = json.dumps({'facts': {'format': 0}, 'settings': '', 'data_config': {}})
+        text = json.dumps({'facts': {'format': 0}, 'settings': '', 'data_config': {}, 'validation': {}})
         (cache / name).write_text('{"facts"' if kind == 'damaged' else text)
     assert main([*cached([], tmp_path, 'run'), *argv]) == 1
     error = capsys.readouterr().err
@@ -432,13 +446,18 @@ def test_a_damaged_row_of_a_complete_cache_is_an_error_that_says_what_to_do(fill
 def test_verify_finds_rows_that_are_not_what_the_teacher_says(filled, tmp_path, capsys):
     root, _ = filled
     assert tools(['cache', 'verify', str(root / 'cache')]) == 0
-    assert '41 rows; 41 recomputed: they differ by at most' in capsys.readouterr().out
+    assert '41 rows, all whole; 41 recomputed: they differ by at most' in capsys.readouterr().out
     copy = shutil.copytree(root / 'cache', tmp_path / 'cache')
     rows = Rows(copy / 'view-0001.safetensors')
     where = np.array([11])
     rows.write(where, rows.read(where) + 0.5)
     assert tools(['cache', 'verify', str(copy)]) == 1
-    assert '1 of 41 rows are not what the teacher says: view 1, image 11' in capsys.readouterr().err
+    assert '1 row(s) are not what the teacher says: view 1, image 11' in capsys.readouterr().err
+    with rows.path.open('r+b') as f:
+        f.seek(rows.start + 30 * rows.row_bytes)
+        f.write(b'\x07')
+    assert tools(['cache', 'verify', str(copy), '--rows', '1']) == 1
+    assert 'view 1, image 30 (damaged)' in capsys.readouterr().err
 
 
 def test_verify_names_what_is_wrong(filled, tmp_path, folder, trained_teacher, capsys):

@@ -246,7 +246,7 @@ class Config:
     )
     channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)')
     sync_bn: bool = setting(False, RUN, 'batch norm over all processes (GPUs)', flag=True)
-    torchcompile: bool = setting(False, RUN, 'compile student and teacher', flag=True)
+    torchcompile: bool = setting(False, RUN, 'compile student, teacher and criterion', flag=True)
     cpu_threads: int | None = setting(
         None, RUN, 'threads of a process on the CPU (default: cores / local processes)', gt=0
     )

@@ -258,7 +258,10 @@ def fit(
     """
     device, world, epochs = accelerator.device, accelerator.num_processes, config.epochs
     if task.criterion is not None and task.warmup_epochs > epochs:
-        accelerator.print(f'note: distillation ramps up over {task.warmup_epochs} epochs, more than the run has')
+        accelerator.print(
+            f'note: distillation ramps up over {task.warmup_epochs} epochs, more than the run has '
+            '(--distill-warmup-epochs)'
+        )
     if config.sync_bn and world > 1:
         task.trainable_module = convert_sync_batchnorm(task.trainable_module)
     module = task.trainable_module

@@ -25,7 +25,7 @@ from ..data.replay import Step
 from ..engine import create_accelerator, create_optimizer, fit, quicken, wants_channels_last
 from ..errors import UsageError
 from ..loss import choose_criterion
-from ..pairing import Pair, Teacher, create_student
+from ..pairing import Pair, Teacher, create_student, look_up
 from ..runs import PARTS
 from ..task import DistillationTask
 from ._measure import markdown
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> str:
     for name in ('img_size', 'batch_size', 'rounds', 'steps', *(['num_classes'] if args.num_classes else [])):
         if min(v if isinstance(v := getattr(args, name), list) else [v]) < 1:
             raise UsageError(f'--{name.replace("_", "-")} {v}: must be at least 1')
+    for flag, name in (('--teacher', args.teacher), ('--student', args.student)):
+        look_up(name, flag)
     texts = []
     for classes in args.num_classes or [1000 if args.img_size >= 128 else 100]:
         found = bench_step(
@@ -77,7 +79,7 @@ class Found:
     Attributes:
         title: pair, sizes, precision, device.
         seconds: of a step, by what it is (medians).
-        online, cached: the loop beside its bound, each pair measured in turns.
+        online, cached: the loop beside its bound, measured in turns: median, lowest and highest of the rounds.
         split: shares of the online loop's time, by part.
         batch_size: images.
         folded: batch norms of the teacher.
@@ -85,8 +87,8 @@ class Found:
 
     title: str
     seconds: dict[str, float]
-    online: float
-    cached: float
+    online: tuple[float, float, float]
+    cached: tuple[float, float, float]
     split: dict[str, float]
     batch_size: int
     folded: int
@@ -195,7 +197,8 @@ def describe(found: Found) -> str:
         '',
         markdown(rows),
         '',
-        f'online / (S + T): {found.online:.3f}; cached / S: {found.cached:.3f}',
+        'medians of the rounds (lowest to highest): online / (S + T) {:.3f} ({:.3f} to {:.3f}), '.format(*found.online)
+        + 'cached / S {:.3f} ({:.3f} to {:.3f})'.format(*found.cached),
         f'where the online step goes: {shares}',
     ]
     loader = found.seconds.get('loader alone, a batch')
@@ -340,15 +343,16 @@ class _InMemory:
         return statistics.median(self.times)
 
 
-def _ratio(loop: _InMemory, alone: dict[str, list[float]], steps: int) -> float:
-    """Median over rounds of a loop's step beside the parts that it cannot do without."""
+def _ratio(loop: _InMemory, alone: dict[str, list[float]], steps: int) -> tuple[float, float, float]:
+    """A loop's step beside the parts that it cannot do without: median, lowest and highest of the rounds."""
     rounds = range(0, len(loop.times), steps)
 
     def medians(times: list[float]) -> list[float]:
         return [statistics.median(times[r : r + steps]) for r in rounds]
 
     bounds = zip(*map(medians, alone.values()))
-    return statistics.median(step / sum(parts) for step, parts in zip(medians(loop.times), bounds))
+    ratios = [step / sum(parts) for step, parts in zip(medians(loop.times), bounds)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def _loader(config: Config, pair: Pair, data_dir: str | None) -> float:

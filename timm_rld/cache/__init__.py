@@ -2,7 +2,7 @@
 
 DIR/cache.json                   what the logits depend on, and how to compute them again
 DIR/view-0001.safetensors …      a row for each training image, as the student sees it in epoch 1, …
-DIR/validation.safetensors       a row for each validation image
+DIR/validation-….safetensors     a row for each validation image, as the student sees it
 """
 
 from ._rows import DTYPES, Rows, rounded

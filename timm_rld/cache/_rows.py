@@ -97,6 +97,10 @@ class Rows:
         """Which rows have been written, `[N]`, without looking whether they are whole."""
         return self.crcs != 0
 
+    def damaged(self) -> list[int]:
+        """Rows that are there and do not fit their checksum. Reads the whole file."""
+        return [i for i in np.flatnonzero(self.filled()).tolist() if _crc(self.data[i]) != self.crcs[i]]
+
     def read(self, indices: np.ndarray) -> Tensor | None:
         """Rows `[B, C]`, in the file's dtype, or None where one of them is not there."""
         raw = self.data[indices]

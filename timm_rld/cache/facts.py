@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, flag_of
 from ..data import LOADER_SETTINGS, Source
+from ..pairing import look_up
 
 FORMAT = 1
 # of the loaders' settings, those that an image does not depend on
@@ -40,17 +42,20 @@ class Purpose:
             weights: of the teacher, a digest.
         """
         c = self.config
+        own = look_up(c.teacher, '--teacher').config
         class_map = c.teacher_class_map
         if class_map and os.path.isfile(class_map):
             class_map = f'sha256 {_sha256(Path(class_map))}'
+        elif class_map:
+            class_map = f'{class_map} {hashlib.sha256(repr(own.get("label_names")).encode()).hexdigest()}'
+        size = list(own['input_size'][-2:]) if own.get('fixed_input_size') else None
         facts = {
             'format': FORMAT,
-            'teacher': os.path.basename(c.teacher) if c.teacher.startswith('local-dir:') else c.teacher,
             'weights of the teacher': weights,
             '--teacher-class-map': class_map,
-            '--teacher-mean': c.teacher_mean,
-            '--teacher-std': c.teacher_std,
-            '--teacher-img-size': c.teacher_img_size,
+            '--teacher-mean': _rounded(c.teacher_mean or own.get('mean')),
+            '--teacher-std': _rounded(c.teacher_std or own.get('std')),
+            '--teacher-img-size': [c.teacher_img_size] * 2 if c.teacher_img_size else size,
             **self._split(c.train_split, self.train),
             'size of the view': self.data_config['input_size'],
             '--seed': c.seed,
@@ -91,6 +96,11 @@ class Purpose:
         }  # fmt: skip
 
 
+def _rounded(values: Sequence[float] | None) -> list[float] | None:
+    """As an exported model's config has them."""
+    return [round(v, 6) for v in values] if values else None
+
+
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
     """As JSON would give it back."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
@@ -119,8 +129,6 @@ def weights_file(teacher: str, checkpoint: str | None = None) -> Path | None:
         return Path(checkpoint).expanduser()
     from huggingface_hub import try_to_load_from_cache
     from timm.models import _hub
-
-    from ..pairing import look_up
 
     card = look_up(teacher, '--teacher')
     config = card.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -94,12 +95,13 @@ class TeacherCache:
         self.facts, self.validation_facts = purpose.facts(digest), purpose.validation_facts(digest)
         self.body = {
             'facts': self.facts, 'data_config': data_config, 'settings': to_yaml(_from_anywhere(self.config)),
-            'weights_file': weights and os.path.abspath(weights),
+            'weights_file': weights and os.path.abspath(weights), 'validation': {},
         }  # fmt: skip
+        self.validation_name = f'validation-{digest_of(self.validation_facts)}'
         main_first(self.accelerator, self._claim)
         views = sum(self._filled(self._view(v), len(self.train)) for v in range(1, self.views + 1))
-        validated = self.body.get('validation') == self.validation_facts and 'teacher_top1' in self.body
-        validated = validated and self._filled('validation', len(self.val))
+        validated = self.validation_name in self.body['validation']
+        validated = validated and self._filled(self.validation_name, len(self.val))
         not_complete, not_validated = highest(self.accelerator, views < self.views, not validated)
         self.validated, self.complete = not not_validated, not (not_validated or not_complete)
         size = sum(self._size(name) for name in self._names())
@@ -108,7 +110,13 @@ class TeacherCache:
             f'{self.train.num_classes} classes, {self.config.teacher_cache_dtype}: {_bytes(size)}; '
             + ('complete' if self.complete else f'{views} view(s) are there')
         )
-        if self.views == self.config.epochs and not self.complete:
+        if self.complete and self.config.teacher_epochs and weights:
+            self.accelerator.print(f'  --teacher local-dir:{weights.parent} --teacher-epochs 0 would spare fitting it')
+        if views and not self.complete and not self.validated and views == self.views:
+            self.accelerator.print(
+                '  the teacher is loaded to be judged on the validation images as this student sees them'
+            )
+        if self.views == self.config.epochs and not views:
             self.accelerator.print(
                 f'  as many views as epochs ({self.views}): this run asks the teacher about every image anyway; '
                 'the next with this teacher, data and seed does not'
@@ -126,11 +134,6 @@ class TeacherCache:
                         f'--teacher-cache {self.folder}: holds logits of something else: {found}; name another folder'
                     )
                 self.body = there
-                if there.get('validation', self.validation_facts) != self.validation_facts:  # of another student
-                    for name in ('validation', 'teacher_top1'):
-                        there.pop(name)
-                    self._write_body()
-                    self._path('validation').unlink(missing_ok=True)
             elif any(not p.name.startswith('.') for p in self.folder.iterdir()):
                 raise UserError(f'--teacher-cache {self.folder}: is not empty and not a cache; name another folder')
             missing = [name for name in self._names() if not self._path(name).exists()]
@@ -157,14 +160,14 @@ class TeacherCache:
         return f'view-{view:04}'
 
     def _names(self) -> list[str]:
-        return [*map(self._view, range(1, self.views + 1)), 'validation']
+        return [*map(self._view, range(1, self.views + 1)), self.validation_name]
 
     def _path(self, name: str) -> Path:
         return self.folder / f'{name}.safetensors'
 
     def _shape(self, name: str) -> tuple[int, int, torch.dtype]:
         """Of validation logits nothing is rounded: they are few, and their order is the teacher's prediction."""
-        validation = name == 'validation'
+        validation = name == self.validation_name
         length = len(self.val if validation else self.train)
         return length, self.train.num_classes, torch.float32 if validation else self.dtype
 
@@ -236,7 +239,8 @@ class TeacherCache:
         if ask is None:
             raise UserError(
                 f'{rows.path}: a row is missing or damaged, and the teacher was not loaded, as the cache seemed '
-                f'complete; delete this file to have it filled anew (`timm-rld cache verify {self.folder}` tells more)'
+                f'complete; delete this file to have it filled anew (`timm-rld cache verify {self.folder}` lists what is '
+                'damaged)'
             )
         stored = rounded(ask().float(), target, self.dtype)
         self._write(rows, where, stored)
@@ -265,7 +269,7 @@ class TeacherCache:
 
     def keep_validation(self, indices: Tensor, target: Tensor, logits: Tensor) -> None:
         """Write the validation logits of a batch."""
-        self._write(self._rows('validation'), indices.numpy(), logits.detach().float())
+        self._write(self._rows(self.validation_name), indices.numpy(), logits.detach().float())
 
     def end_validation(self, top1: float, digest: str | None, folded: int) -> None:
         """All validation logits have been kept; called on every process.
@@ -277,12 +281,13 @@ class TeacherCache:
         """
         self.flush()
         self.accelerator.wait_for_everyone()
-        self.body.update(
-            validation=self.validation_facts, teacher_top1=top1, teacher_sha256=digest, folded_batch_norms=folded
-        )
-        self.validated = True
+        found = dict(facts=self.validation_facts, teacher_top1=top1, teacher_sha256=digest, folded_batch_norms=folded)
         if self.accelerator.is_main_process:
+            self.body = read_body(self.folder)  # another run may have added to it
+            self.body['validation'][self.validation_name] = found
             self._write_body()
+        self.body['validation'][self.validation_name] = found
+        self.validated = True
 
     def validation(self, indices: Sequence[int]) -> tuple[float, Tensor, str | None]:
         """What the teacher said of the validation split: its top-1 (percent), its predicted classes for the given
@@ -291,11 +296,11 @@ class TeacherCache:
         Raises:
             UserError: where a row is damaged.
         """
-        rows = self._rows('validation')
+        rows, found = self._rows(self.validation_name), self.body['validation'][self.validation_name]
         logits = rows.read(np.asarray(indices, dtype=np.int64))
         if logits is None:
             raise UserError(f'{rows.path}: a row is damaged; delete this file to have it filled anew')
-        return self.body['teacher_top1'], logits.argmax(dim=1), self.body['teacher_sha256']
+        return found['teacher_top1'], logits.argmax(dim=1), found['teacher_sha256']
 
 
 def read_body(folder: Path) -> dict[str, Any]:
@@ -307,7 +312,7 @@ def read_body(folder: Path) -> dict[str, Any]:
     file = folder / 'cache.json'
     try:
         body = json.loads(file.read_text(encoding='utf-8'))
-        if not {'facts', 'settings', 'data_config'} <= set(body):
+        if not {'facts', 'settings', 'data_config', 'validation'} <= set(body):
             raise ValueError
     except FileNotFoundError as e:
         raise UserError(f'{folder}: not a teacher cache (no cache.json)') from e
@@ -316,6 +321,11 @@ def read_body(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as e:
         raise UserError(f'{file}: is damaged; delete {folder} to have it filled anew') from e
     return body
+
+
+def digest_of(facts: dict[str, Any]) -> str:
+    """Short."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _from_anywhere(config: Config) -> Config:

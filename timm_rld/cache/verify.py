@@ -30,7 +30,7 @@ def verify(
     teacher_checkpoint: str | None = None,
     device: str | None = None,
 ) -> str:
-    """Recompute a random sample of a cache's rows from the images and the teacher.
+    """Hold all rows of a cache to their checksums, and recompute a random sample from the images and the teacher.
 
     Args:
         folder: of the cache.
@@ -81,7 +81,8 @@ def verify(
     dtype = views[sample[0][0]].dtype
     allowed = _BY_DTYPE[dtype] + _BY_PRECISION[facts['--mixed-precision']]
     precision = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(facts['--mixed-precision'])
-    worst, wrong, moved = 0.0, [], 0
+    worst, moved = 0.0, 0
+    wrong = [f'view {view}, image {index} (damaged)' for view, r in views.items() for index in r.damaged()]
     for start in range(0, len(sample), 32):
         keys = sample[start : start + 32]
         pixels, target, _ = zip(*(dataset[key] for key in keys))
@@ -92,7 +93,6 @@ def verify(
         for (view, index), new, y in zip(keys, logits, target):
             old = views[view].read(np.array([index]))
             if old is None:
-                wrong.append(f'view {view}, image {index} (damaged)')
                 continue
             off = ((old[0].float() - new).abs().max() / new.abs().max().clamp(min=1e-6)).item()
             worst = max(worst, off)
@@ -102,12 +102,12 @@ def verify(
             moved += int((mask != (old[0] >= old[0][y])).any())
     if wrong:
         raise UserError(
-            f'{folder}: {len(wrong)} of {len(sample)} rows are not what the teacher says: {"; ".join(wrong[:5])}. '
+            f'{folder}: {len(wrong)} row(s) are not what the teacher says: {"; ".join(wrong[:5])}. '
             'Delete the files of these views, or the folder, to have them filled anew'
         )
     full = sum(bool(r.filled().all()) for r in views.values())
     return (
-        f'{folder}: {len(views)} view(s), {full} complete, {len(there):,} rows; {len(sample)} recomputed: they differ '
+        f'{folder}: {len(views)} view(s), {full} complete, {len(there):,} rows, all whole; {len(sample):,} recomputed: they differ '
         f'by at most {worst:.2g} of the largest logit ({allowed:.2g} allowed for rounding); '
         f'what RLD masks is another in {moved}'
     )
