@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from PIL import Image
 from victims import kill_until_done
 
 from timm_rld.__main__ import main as tools
@@ -308,6 +309,7 @@ CHANGES = {
     '--teacher-cache-dtype': ('--teacher-cache-dtype', 'float32'),
     '--mixed-precision': ('--mixed-precision', 'bf16'),
     'split': ('--train-split', 'validation'),
+    '--color-jitter': ('--color-jitter', '0.1'),
 }
 
 
@@ -350,6 +352,50 @@ def test_a_cache_of_other_images_is_refused(filled, folder, tmp_path, capsys):
     assert 'images 41, not 40' in capsys.readouterr().err
 
 
+def test_a_cache_of_other_pictures_under_the_same_names_is_refused(filled, folder, tmp_path, capsys):
+    _, flags = filled
+    data = shutil.copytree(folder, tmp_path / 'data')
+    for path in (data / 'train').rglob('*.png'):
+        Image.open(path).rotate(90).save(path)
+    assert main([*flags, '--experiment', 'pictures', '--data-dir', str(data)]) == 1
+    assert 'a sample of images (a digest)' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('change', ['mean', 'model_args'])
+def test_a_teacher_with_another_config_is_another_teacher(filled, trained_teacher, tmp_path, change, capsys):
+    _, flags = filled
+    other = shutil.copytree(trained_teacher, tmp_path / 'teacher')
+    config = json.loads((other / 'config.json').read_text())
+    if change == 'mean':
+        config['pretrained_cfg']['mean'] = [0.1, 0.2, 0.3]
+    else:
+        config['model_args'] = {'act_layer': 'silu'}
+    (other / 'config.json').write_text(json.dumps(config))
+    assert main([*flags, '--experiment', 'config', '--teacher', f'local-dir:{other}']) == 1
+    assert ('--teacher-mean' if change == 'mean' else 'arguments of the teacher') in capsys.readouterr().err
+
+
+def test_a_run_that_failed_before_it_wrote_a_row_does_not_bind_the_next(argv, tmp_path):
+    wrong = ['--min-teacher-acc', '100', '--teacher-mean', '0.1', '0.2', '0.3']
+    assert main(cached(argv, tmp_path, 'run', *wrong)) == 1
+    assert (tmp_path / 'cache' / 'cache.json').exists()
+    assert main(cached(argv, tmp_path, 'run')) == 0
+
+
+def test_settings_that_do_not_matter_do_not_bind(filled, no_teacher):
+    _, flags = filled
+    no_teacher()
+    assert main([*flags, '--experiment', 'free', '--remode', 'const', '--crop-padding', '2', '-b', '7']) == 0
+
+
+def test_a_row_that_is_there_stays(tmp_path):
+    rows = Rows.create(tmp_path / 'x', 3, 4, torch.float16)
+    first, second = torch.randn(2, 4).half(), torch.randn(2, 4).half()
+    rows.write(np.array([0, 1]), first)
+    rows.write(np.array([1, 2]), second)
+    assert torch.equal(rows.read(np.array([0, 1, 2])), torch.cat([first, second[1:]]))
+
+
 def test_data_and_teacher_may_be_moved(filled, folder, trained_teacher, tmp_path, no_teacher):
     _, flags = filled
     data, teacher = shutil.copytree(folder, tmp_path / 'data'), tmp_path / 'renamed'
@@ -366,6 +412,8 @@ def test_data_and_teacher_may_be_moved(filled, folder, trained_teacher, tmp_path
         (['--teacher-cache-views', '2'], '--teacher-cache-views 2: needs --teacher-cache DIR'),
         (['--teacher-cache-dtype', 'float32'], '--teacher-cache-dtype float32: needs --teacher-cache DIR'),
         (['--teacher-cache', 'c', '--teacher-cache-dtype', 'int8'], '--teacher-cache-dtype'),
+        (['--teacher-cache', ' '], '--teacher-cache: expected a folder'),
+        (['--teacher-cache', 'c', '--on-bad-image', 'skip'], '--on-bad-image skip with --teacher-cache: '),
         (['--teacher-cache', 'c', '--mixup', '0.2'], '--mixup with --teacher-cache: '),
         (['--teacher-cache', 'c', '--cutmix', '1'], '--cutmix with --teacher-cache: '),
         (['--teacher-cache', 'c', '--cutmix-minmax', '0.2', '0.8'], '--cutmix-minmax with --teacher-cache: '),
@@ -406,6 +454,7 @@ def test_a_folder_that_is_no_cache_is_refused(argv, tmp_path, kind, capsys):
         name = 'photo.png' if kind == 'not empty' else 'cache.json'
         text = json.dumps({'facts': {'format': 0}, 'settings': '', 'data_config': {}, 'validation': {}})
         (cache / name).write_text('{"facts"' if kind == 'damaged' else text)
+        (cache / 'view-0001.safetensors').touch()
     assert main([*cached([], tmp_path, 'run'), *argv]) == 1
     error = capsys.readouterr().err
     says = {'not empty': 'is not empty and not a cache', 'damaged': 'cache.json: is damaged',
@@ -450,7 +499,11 @@ def test_verify_finds_rows_that_are_not_what_the_teacher_says(filled, tmp_path, 
     copy = shutil.copytree(root / 'cache', tmp_path / 'cache')
     rows = Rows(copy / 'view-0001.safetensors')
     where = np.array([11])
-    rows.write(where, rows.read(where) + 0.5)
+    other = rows.read(where) + 0.5
+    with rows.path.open('r+b') as f:
+        f.seek(rows.crc_start + 4 * 11)
+        f.write(bytes(4))
+    rows.write(where, other)
     assert tools(['cache', 'verify', str(copy)]) == 1
     assert '1 row(s) are not what the teacher says: view 1, image 11' in capsys.readouterr().err
     with rows.path.open('r+b') as f:

@@ -19,7 +19,7 @@ from timm_rld.config import Config, resolve
 from timm_rld.engine import create_optimizer, fit
 from timm_rld.fold import fold_batch_norms
 from timm_rld.loss import CRITERIA
-from timm_rld.pairing import InputView, Teacher, weights_digest
+from timm_rld.pairing import InputView, Teacher, lay_out, weights_digest
 
 # name, size of its images, and how many of its batch norms may be folded
 NETWORKS = [
@@ -99,6 +99,30 @@ def test_what_cannot_be_folded_is_left_as_it_is(make):
     assert fold_batch_norms(model, x) == 0
     assert torch.equal(model(x), before)
     assert {k: v.tolist() for k, v in model.state_dict().items()} == {k: v.tolist() for k, v in state.items()}
+
+
+class Nosy(nn.Module):
+    """A network that looks into its own modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).mean((2, 3))[:, : self.norm.num_features]
+
+
+def test_a_network_that_looks_into_its_modules_is_left_as_it_is():
+    model, x = Nosy().eval(), torch.randn(2, 3, 8, 8)
+    before = model(x)
+    assert fold_batch_norms(model, x) == 0
+    assert torch.equal(model(x), before)
+
+
+def test_weights_of_five_dimensions_have_no_channels_last():
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv2d(1, 2, 3))
+    lay_out(model, torch.channels_last)
+    assert model[1].weight.is_contiguous(memory_format=torch.channels_last) and model[0].weight.is_contiguous()
 
 
 @pytest.mark.parametrize('opt', ['sgd', 'momentum', 'adam', 'adamw'])

@@ -38,6 +38,8 @@ def verify_cache(args: argparse.Namespace) -> None:
 
     if args.rows < 1:
         raise UsageError(f'--rows {args.rows}: must be at least 1')
+    if args.seed < 0:
+        raise UsageError(f'--seed {args.seed}: must be at least 0')
     print(verify(args.folder, rows=args.rows, seed=args.seed, data_dir=args.data_dir,
                  teacher_checkpoint=args.teacher_checkpoint, device=args.device))  # fmt: skip
 
@@ -93,7 +95,7 @@ def parse(argv: list[str]) -> None:
     what.add_argument('--seed', type=int, default=0, help='of the sample')
     what.add_argument('--data-dir', metavar='DIR', help='where the data lie now, if they have been moved')
     what.add_argument('--teacher-checkpoint', metavar='FILE', help="where the teacher's weights lie now")
-    what.add_argument('--device', help='default: a GPU where there is one')
+    what.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
     what.set_defaults(run=verify_cache)
 
     verb = verbs.add_parser('push', help='push a finished run to the Hugging Face Hub', allow_abbrev=False,

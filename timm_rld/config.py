@@ -457,7 +457,7 @@ def find_recipe(path: str) -> Path:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all, whenever the process or the machine stops."""
-    part = path.with_name(f'.{path.name}.tmp')
+    part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     with part.open('w', encoding='utf-8') as f:
         f.write(text)
         f.flush()
@@ -757,6 +757,13 @@ def _resolve_cache(c: Config) -> None:
             if getattr(c, name) != FIELDS[name].default:
                 raise UsageError(f'{flag_of(name)} {getattr(c, name)}: needs --teacher-cache DIR')
         return
+    if not c.teacher_cache.strip():
+        raise UsageError('--teacher-cache: expected a folder')
+    if c.on_bad_image == 'skip':
+        raise UsageError(
+            '--on-bad-image skip with --teacher-cache: the image in the place of a broken one is not the one that the '
+            'kept logit belongs to; leave one of the two out'
+        )
     if c.teacher is None:
         raise UsageError(f'--teacher-cache {c.teacher_cache}: there is no --teacher')
     for name in ('mixup', 'cutmix', 'cutmix_minmax'):

@@ -29,7 +29,7 @@ from .config import Config, cores, warmup_epochs
 from .data import Loader, Mixing
 from .errors import Stopped, UsageError, UserError, did_you_mean
 from .guard import Guard, StopSignals, highest
-from .pairing import Pair, audit, check_accuracy, weights_digest
+from .pairing import Pair, audit, check_accuracy, lay_out, weights_digest
 from .runs import Progress, best_epoch, write_rows
 from .task import DistillationTask
 
@@ -267,7 +267,7 @@ def fit(
     module = task.trainable_module
     task.to(device)
     memory_format = torch.channels_last if wants_channels_last(config, accelerator) else torch.contiguous_format
-    module.to(memory_format=memory_format)  # the teacher has its own
+    lay_out(module, memory_format)  # the teacher has its own
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     learned = task.criterion_parameters()
@@ -452,7 +452,7 @@ def create_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer
         UserError: for options that the optimizer does not take.
     """
     kwargs = dict(config.opt_kwargs)
-    if not {'fused', 'foreach'} & set(kwargs) and config.opt.lower() in _FUSED:
+    if not {'fused', 'foreach', 'differentiable'} & set(kwargs) and config.opt.lower() in _FUSED:
         kwargs['fused'] = True  # one pass over the weights, five times as fast even on a CPU
     if config.opt_eps is not None:
         kwargs['eps'] = config.opt_eps

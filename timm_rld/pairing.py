@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,9 @@ class Teacher(nn.Module):
         """
         if self.digest is None:
             self.digest = weights_digest(self)
-        self.model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        noise = torch.randint(256, (2, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        lay_out(self.model, torch.channels_last if channels_last else torch.contiguous_format)
+        noise = torch.randint(256, (4, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        noise[2], noise[3] = 0, 255
         self.folded += fold_batch_norms(self.model, self.view(noise.to(self.view.mean.device)))
         return self.folded
 
@@ -183,6 +184,13 @@ def has_fixed_size(model: nn.Module) -> bool:
     return bool(get_model_input_config(model)['fixed_input_size'])
 
 
+def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Put a network's 4-D weights into a memory format, which those of other dimensions have not."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether a model computes batch statistics, which a single sample may not have."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
@@ -200,12 +208,16 @@ class ModelCard:
         config: timm's pretrained_cfg as a dict.
         source: None for a timm name, `hf-hub` or `local-dir`.
         has_weights: whether weights are published under this name.
+        architecture: timm's name of the network.
+        model_args: of its constructor, that a folder's or the Hub's config asks for.
     """
 
     name: str
     config: dict[str, Any]
     source: str | None
     has_weights: bool
+    architecture: str = ''
+    model_args: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -230,16 +242,17 @@ def look_up(name: str, flag: str) -> ModelCard:
     from timm import models
     from timm.models._hub import load_model_config_from_path
 
+    architecture, model_args = models.get_arch_name(name), {}
     try:
         source, model_id = models.parse_model_name(name)
     except ValueError as e:
         raise UserError(f'{flag} {name}: {e}') from e
     try:
         if source == 'local-dir':
-            config = load_model_config_from_path(model_id)[0]
+            config, architecture, model_args = load_model_config_from_path(model_id)
         elif source == 'hf-hub':
             hub_in_reach()
-            config = models.load_model_config_from_hf(model_id)[0]
+            config, architecture, model_args = models.load_model_config_from_hf(model_id)
         elif not models.is_model(name):
             arch = models.get_arch_name(name)
             raise UserError(
@@ -263,7 +276,7 @@ def look_up(name: str, flag: str) -> ModelCard:
             why = f'not found on the Hub ({_first_line(e)})' if hub_in_reach() else 'the Hub is out of reach'
         raise UserError(f'{flag} {name}: {why}') from e
     has_weights = source is not None or any(config.get(k) for k in ('hf_hub_id', 'url', 'file'))
-    return ModelCard(name, config, source, has_weights)
+    return ModelCard(name, config, source, has_weights, architecture, dict(model_args or {}))
 
 
 def build_model(card: ModelCard, flag: str, *, pretrained: bool, way_out: str, **kwargs: Any) -> nn.Module:

@@ -64,7 +64,7 @@ def raise_on_all(problem: UserError | None) -> None:
 _HARMLESS = {
     'workers', 'log_interval', 'report_to', 'debug', 'output', 'experiment', 'resume', 'checkpoint_interval',
     'checkpoint_hist', 'skip_nonfinite', 'on_bad_image', 'min_teacher_acc', 'dataset_download', 'push_to_hub',
-    'hub_model_id', 'hub_private_repo', 'hub_license', 'hub_weights', 'hub_strategy',
+    'hub_model_id', 'hub_private_repo', 'hub_license', 'hub_weights', 'hub_strategy', 'teacher_cache',
 }  # fmt: skip
 _LOCKS: dict[Path, Any] = {}  # open for as long as the process lives
 

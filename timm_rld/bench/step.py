@@ -19,12 +19,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..cache import TeacherCache
-from ..config import Config, resolve
+from ..config import Config, parse_args, resolve
 from ..data import LOADER_SETTINGS, SPLIT_SETTINGS, Source, create_loaders, open_splits
 from ..data.replay import Step
 from ..engine import create_accelerator, create_optimizer, fit, quicken, wants_channels_last
 from ..errors import UsageError
-from ..loss import choose_criterion
+from ..loss import choose_criterion, get_criterion
 from ..pairing import Pair, Teacher, create_student, look_up
 from ..runs import PARTS
 from ..task import DistillationTask
@@ -54,9 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Tables as Markdown, a line of ratios and advice under each."""
-    for name in ('img_size', 'batch_size', 'rounds', 'steps', *(['num_classes'] if args.num_classes else [])):
-        if min(v if isinstance(v := getattr(args, name), list) else [v]) < 1:
-            raise UsageError(f'--{name.replace("_", "-")} {v}: must be at least 1')
+    least = {'img_size': 1, 'batch_size': 2, 'rounds': 1, 'steps': 1, 'num_classes': 2 if args.num_classes else None}
+    for name, lowest in least.items():
+        values = getattr(args, name)
+        if lowest and min(values if isinstance(values, list) else [values]) < lowest:
+            raise UsageError(f'--{name.replace("_", "-")} {values}: must be at least {lowest}')
+    if get_criterion(args.distill).cls is None:
+        raise UsageError(f'--distill {args.distill}: distils nothing')
+    workers = parse_args(['--workers', args.workers]).workers
     for flag, name in (('--teacher', args.teacher), ('--student', args.student)):
         look_up(name, flag)
     texts = []
@@ -64,8 +69,8 @@ def run(args: argparse.Namespace) -> str:
         found = bench_step(
             args.teacher, args.student, num_classes=classes, rounds=args.rounds, steps=args.steps,
             loader=not args.no_loader and not texts, data_dir=args.data_dir,
-            **{name: getattr(args, name) for name in (
-                'img_size', 'batch_size', 'distill', 'mixed_precision', 'torchcompile', 'channels_last', 'workers',
+            workers=workers, **{name: getattr(args, name) for name in (
+                'img_size', 'batch_size', 'distill', 'mixed_precision', 'torchcompile', 'channels_last',
             )},
         )  # fmt: skip
         texts.append(describe(found))
@@ -107,7 +112,7 @@ def bench_step(
     channels_last: bool | None = None,
     rounds: int = 5,
     steps: int = 5,
-    workers: str = 'auto',
+    workers: int | str = 'auto',
     data_dir: str | None = None,
     loader: bool = True,
 ) -> Found:

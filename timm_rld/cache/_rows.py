@@ -16,6 +16,11 @@ from torch import Tensor
 
 from ..errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
 _NAMES = {torch.float16: 'F16', torch.bfloat16: 'BF16', torch.float32: 'F32'}
 
@@ -44,6 +49,8 @@ class Rows:
             self.dtype = {name: dtype for dtype, name in _NAMES.items()}[header['logits']['dtype']]
             begin, end = header['logits']['data_offsets']
             crc_begin = header['crc32']['data_offsets'][0]
+            if end - begin != self.length * self.width * self.dtype.itemsize or crc_begin + 4 * self.length > begin:
+                raise ValueError
         except OSError as e:
             raise UserError(f'{self.path}: cannot be read ({e.strerror})') from e
         except (KeyError, ValueError, TypeError, struct.error) as e:
@@ -109,7 +116,7 @@ class Rows:
         return torch.from_numpy(raw).view(self.dtype)
 
     def write(self, indices: np.ndarray, rows: Tensor) -> None:
-        """Write rows `[B, C]`.
+        """Write rows `[B, C]`; those that are there, and whole, stay as they are.
 
         Raises:
             UserError: where they are not finite in the file's dtype, or the file cannot be written.
@@ -123,11 +130,18 @@ class Rows:
         try:
             if self._file is None:
                 self._file = os.open(self.path, os.O_WRONLY)
+            if fcntl is not None:  # two runs with other batches may have other last bits: no row is of both
+                fcntl.lockf(self._file, fcntl.LOCK_EX)
             for index, row in zip(indices.tolist(), raw):
+                if self.crcs[index] and _crc(self.data[index]) == self.crcs[index]:
+                    continue
                 os.pwrite(self._file, row, self.start + index * self.row_bytes)
                 os.pwrite(self._file, struct.pack('<I', _crc(row)), self.crc_start + 4 * index)
         except OSError as e:
             raise UserError(f'--teacher-cache: {self.path} cannot be written ({e.strerror})') from e
+        finally:
+            if fcntl is not None and self._file is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def __del__(self) -> None:
         if getattr(self, '_file', None) is not None:

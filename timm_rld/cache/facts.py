@@ -42,16 +42,23 @@ class Purpose:
             weights: of the teacher, a digest.
         """
         c = self.config
-        own = look_up(c.teacher, '--teacher').config
+        card = look_up(c.teacher, '--teacher')
+        own = card.config
         class_map = c.teacher_class_map
         if class_map and os.path.isfile(class_map):
             class_map = f'sha256 {_sha256(Path(class_map))}'
         elif class_map:
             class_map = f'{class_map} {hashlib.sha256(repr(own.get("label_names")).encode()).hexdigest()}'
+        without = _NO_MATTER | (set() if c.reprob else {'remode', 'recount'})
+        without |= set() if c.train_crop_mode == 'pad' else {'crop_padding'}
         size = list(own['input_size'][-2:]) if own.get('fixed_input_size') else None
         facts = {
             'format': FORMAT,
             'weights of the teacher': weights,
+            'architecture of the teacher': card.architecture,
+            'arguments of the teacher': {
+                k: v for k, v in card.model_args.items() if k not in ('num_classes', 'in_chans')
+            },
             '--teacher-class-map': class_map,
             '--teacher-mean': _rounded(c.teacher_mean or own.get('mean')),
             '--teacher-std': _rounded(c.teacher_std or own.get('std')),
@@ -59,7 +66,7 @@ class Purpose:
             **self._split(c.train_split, self.train),
             'size of the view': self.data_config['input_size'],
             '--seed': c.seed,
-            **{flag_of(name): getattr(c, name) for name in LOADER_SETTINGS if name not in _NO_MATTER},
+            **{flag_of(name): getattr(c, name) for name in LOADER_SETTINGS if name not in without},
             '--mixed-precision': self.precision,
             '--torchcompile': c.torchcompile,
             '--teacher-cache-dtype': c.teacher_cache_dtype,
@@ -74,6 +81,8 @@ class Purpose:
         kept = (
             'format',
             'weights',
+            'arch',
+            'arguments',
             '--teacher-class',
             '--teacher-mean',
             '--teacher-std',
@@ -93,6 +102,7 @@ class Purpose:
         return {
             '--dataset': dataset, '--input-key': self.config.input_key, 'split': name, 'images': len(source),
             'classes': source.num_classes, 'files and labels (a digest)': source.digest(),
+            'a sample of images (a digest)': source.sample_digest(),
         }  # fmt: skip
 
 
@@ -126,7 +136,8 @@ def weights_file(teacher: str, checkpoint: str | None = None) -> Path | None:
         checkpoint: a file in place of the published ones.
     """
     if checkpoint is not None:
-        return Path(checkpoint).expanduser()
+        path = Path(checkpoint).expanduser()
+        return path if path.is_file() else None
     from huggingface_hub import try_to_load_from_cache
     from timm.models import _hub
 

@@ -26,6 +26,11 @@ from ..runs import main_first
 from ._rows import DTYPES, Rows, rounded
 from .facts import Purpose, _sha256, difference, weights_file
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
 
 class TeacherCache:
     """A teacher's logits on the first K epochs' images of a run, kept in a folder; epoch e sees the images of epoch
@@ -53,12 +58,25 @@ class TeacherCache:
         self.config, self.accelerator, self.train, self.val = config, accelerator, train, val
         self.folder = Path(config.teacher_cache).expanduser()
         self.views, self.dtype = config.teacher_cache_views, DTYPES[config.teacher_cache_dtype]
+        self._check_folder()
         self.complete = self.validated = False
         self.body: dict[str, Any] | None = None
         self._open: dict[str, Rows] = {}
+        self._held: Any = None
         self._pending: list[tuple[torch.cuda.Event, Rows, np.ndarray, Tensor]] = []
 
     # ------------------------------------------------------------------------------------------------------- opening
+
+    def _check_folder(self) -> None:
+        """Before a teacher is fitted."""
+        try:
+            there = (
+                [p.name for p in self.folder.iterdir() if not p.name.startswith('.')] if self.folder.exists() else []
+            )
+        except OSError as e:
+            raise UserError(f'--teacher-cache {self.folder}: cannot be written ({e.strerror})') from e
+        if there and 'cache.json' not in there:
+            raise UserError(f'--teacher-cache {self.folder}: is not empty and not a cache; name another folder')
 
     def needs_teacher(self, data_config: dict[str, Any]) -> bool:
         """Open the folder, where the weights are at hand to be compared, and say whether the teacher must be built.
@@ -123,19 +141,20 @@ class TeacherCache:
             )
 
     def _claim(self) -> None:
-        """Make the folder, or compare what it holds with what is wanted."""
+        """Make the folder, or compare what it holds with what is wanted. Of runs that begin at once one makes it, the
+        others compare. What a run left that never wrote a row does not bind the next."""
         file = self.folder / 'cache.json'
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if file.exists():
-                there = read_body(self.folder)
-                if found := difference(there['facts'], self.facts):
-                    raise UserError(
-                        f'--teacher-cache {self.folder}: holds logits of something else: {found}; name another folder'
-                    )
+            alone = self._lock()
+            there = read_body(self.folder) if file.exists() else None
+            found = difference(there['facts'], self.facts) if there else ''
+            if found and not (alone and not any(self.folder.glob('view-*'))):
+                raise UserError(
+                    f'--teacher-cache {self.folder}: holds logits of something else: {found}; name another folder'
+                )
+            if there and not found:
                 self.body = there
-            elif any(not p.name.startswith('.') for p in self.folder.iterdir()):
-                raise UserError(f'--teacher-cache {self.folder}: is not empty and not a cache; name another folder')
             missing = [name for name in self._names() if not self._path(name).exists()]
             if missing and not os.access(self.folder, os.W_OK):
                 raise UserError(f'--teacher-cache {self.folder}: cannot be written (Permission denied)')
@@ -145,10 +164,28 @@ class TeacherCache:
                     f'--teacher-cache {self.folder}: needs {_bytes(needed)}, the disk has {_bytes(free)} left; give '
                     'fewer --teacher-cache-views, or another folder'
                 )
-            if not file.exists():
+            if self.body is not there:
                 self._write_body()
+            if self._held is not None and alone:
+                fcntl.flock(self._held, fcntl.LOCK_SH)
         except OSError as e:
             raise UserError(f'--teacher-cache {self.folder}: cannot be written ({e.strerror})') from e
+
+    def _lock(self) -> bool:
+        """Share the folder with other runs for as long as this one lasts, and say whether there is none yet: then it is
+        this one's alone until it shares it."""
+        if fcntl is None:
+            return True
+        try:
+            self._held = (self.folder / '.lock').open('a')
+        except OSError:  # a folder to read from
+            return False
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            fcntl.flock(self._held, fcntl.LOCK_SH)
+            return False
 
     def _write_body(self) -> None:
         write_whole(self.folder / 'cache.json', json.dumps(self.body, indent=1, ensure_ascii=False))
@@ -239,11 +276,13 @@ class TeacherCache:
         if ask is None:
             raise UserError(
                 f'{rows.path}: a row is missing or damaged, and the teacher was not loaded, as the cache seemed '
-                f'complete; delete this file to have it filled anew (`timm-rld cache verify {self.folder}` lists what is '
-                'damaged)'
+                'complete; delete this file to have it filled anew '
+                f'(`timm-rld cache verify {self.folder}` lists what is damaged)'
             )
         stored = rounded(ask().float(), target, self.dtype)
         self._write(rows, where, stored)
+        if stored.device.type == 'cpu' and (found := rows.read(where)) is not None:
+            stored = found  # a row that was there stays, whatever batch it came from
         return stored.float()
 
     def end_epoch(
@@ -312,13 +351,14 @@ def read_body(folder: Path) -> dict[str, Any]:
     file = folder / 'cache.json'
     try:
         body = json.loads(file.read_text(encoding='utf-8'))
-        if not {'facts', 'settings', 'data_config', 'validation'} <= set(body):
+        kinds = {'facts': dict, 'settings': str, 'data_config': dict, 'validation': dict}
+        if not all(isinstance(body.get(name), kind) for name, kind in kinds.items()):
             raise ValueError
     except FileNotFoundError as e:
         raise UserError(f'{folder}: not a teacher cache (no cache.json)') from e
     except OSError as e:
         raise UserError(f'{file}: cannot be read ({e.strerror})') from e
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, AttributeError) as e:
         raise UserError(f'{file}: is damaged; delete {folder} to have it filled anew') from e
     return body
 

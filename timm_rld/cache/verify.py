@@ -65,6 +65,8 @@ def verify(
     purpose = Purpose(config, train, val, data_config, facts['--mixed-precision'])
     if found := difference(facts, purpose.facts(weights)):
         raise UserError(f'{folder}: data or teacher are not those that it was filled from: {found}')
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: there is none that torch can use; take cpu')
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     teacher.quicken(data_config['input_size'])
     teacher.to(device)
@@ -107,7 +109,8 @@ def verify(
         )
     full = sum(bool(r.filled().all()) for r in views.values())
     return (
-        f'{folder}: {len(views)} view(s), {full} complete, {len(there):,} rows, all whole; {len(sample):,} recomputed: they differ '
+        f'{folder}: {len(views)} view(s), {full} complete, {len(there):,} rows, all whole; '
+        f'{len(sample):,} recomputed: they differ '
         f'by at most {worst:.2g} of the largest logit ({allowed:.2g} allowed for rounding); '
         f'what RLD masks is another in {moved}'
     )

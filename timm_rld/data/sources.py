@@ -54,12 +54,27 @@ class Source:
         digest = hashlib.sha256(repr((len(self), self.class_names)).encode())
         reader = getattr(self.dataset, 'reader', None)
         samples, columns = getattr(reader, 'samples', None), getattr(reader, 'dataset', None)
-        if samples and isinstance(samples[0][0], str):
+        if samples is not None and len(samples) and isinstance(samples[0][0], str):
             start = len(str(reader.root))
             for path, target in samples:
                 digest.update(f'{path[start:]}\0{target}\n'.encode())
         elif not self.streamed and hasattr(columns, 'unique') and reader.label_key in columns.column_names:
             digest.update(repr(list(columns[reader.label_key])).encode())
+        return digest.hexdigest()[:12]
+
+    def sample_digest(self, count: int = 32) -> str:
+        """A short digest of some images, evenly spaced, as they lie in their files."""
+        digest, reader = hashlib.sha256(), getattr(self.dataset, 'reader', None)
+        for index in np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist():
+            try:
+                if reader is None:
+                    image = self.dataset[index][0]
+                    digest.update(repr(image.size).encode() + image.tobytes())
+                else:
+                    with reader[index][0] as file:
+                        digest.update(file.read())
+            except Exception:  # told when it is read in earnest
+                digest.update(b'?')
         return digest.hexdigest()[:12]
 
     def read(self, index: int, decode: Callable[[Image.Image], Image.Image] | None = None) -> tuple[Image.Image, int]:
