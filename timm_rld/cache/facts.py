@@ -14,6 +14,8 @@ from ..data import LOADER_SETTINGS, Source
 from ..pairing import look_up
 
 FORMAT = 1
+# arguments that timm writes into every folder, whether they were asked for or not
+_WRITTEN = ('num_classes', 'in_chans', 'global_pool')
 # of the loaders' settings, those that an image does not depend on
 _NO_MATTER = {'batch_size', 'validation_batch_size', 'grad_accum_steps', 'seed', 'workers'}
 
@@ -56,9 +58,7 @@ class Purpose:
             'format': FORMAT,
             'weights of the teacher': weights,
             'architecture of the teacher': card.architecture,
-            'arguments of the teacher': {
-                k: v for k, v in card.model_args.items() if k not in ('num_classes', 'in_chans')
-            },
+            'arguments of the teacher': {k: v for k, v in card.model_args.items() if k not in _WRITTEN},
             '--teacher-class-map': class_map,
             '--teacher-mean': _rounded(c.teacher_mean or own.get('mean')),
             '--teacher-std': _rounded(c.teacher_std or own.get('std')),
