@@ -24,7 +24,7 @@ from ..data import LOADER_SETTINGS, SPLIT_SETTINGS, Source, create_loaders, open
 from ..data.replay import Step
 from ..engine import create_accelerator, create_optimizer, fit, quicken, wants_channels_last
 from ..errors import UsageError
-from ..loss import choose_criterion, get_criterion
+from ..loss import choose_criterion
 from ..pairing import Pair, Teacher, create_student, look_up
 from ..runs import PARTS
 from ..task import DistillationTask
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> str:
         values = getattr(args, name)
         if lowest and min(values if isinstance(values, list) else [values]) < lowest:
             raise UsageError(f'--{name.replace("_", "-")} {values}: must be at least {lowest}')
-    if get_criterion(args.distill).cls is None:
+    if choose_criterion(args.distill, False, {})[1] is None:
         raise UsageError(f'--distill {args.distill}: distils nothing')
     workers = parse_args(['--workers', args.workers]).workers
     for flag, name in (('--teacher', args.teacher), ('--student', args.student)):
