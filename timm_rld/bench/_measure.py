@@ -48,7 +48,7 @@ def peak_memory(step: Callable[[], None], device: str) -> int:
     if device.startswith('cuda'):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
-        torch.cuda.resetpeak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
