@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
+import timm
 import torch
 from PIL import Image
 from victims import kill_until_done
 
+from timm_rld import export_model
 from timm_rld.__main__ import main as tools
 from timm_rld.cache import DTYPES, Rows, rounded
 from timm_rld.config import parse_args, resolve
@@ -332,6 +334,34 @@ def test_a_cache_of_something_else_is_refused_by_name(filled, fact, capsys):
     assert f'--teacher-cache {root / "cache"}: holds logits of something else: ' in error and f'{fact} ' in error
     assert ', not ' in error and 'name another folder' in error
     assert not (root / 'other').exists()
+
+
+def test_a_teachers_folder_and_its_file_of_weights_share_a_cache(folder, tmp_path, capsys):
+    argv = ['--student', 'cifar_resnet8', '--data-dir', str(folder), '--img-size', '32', '--epochs', '1', '-b', '32',
+            '--workers', '0', '--min-teacher-acc', '0', '--output', str(tmp_path)]  # fmt: skip
+    fitted = ['--teacher', 'test_vit', '--no-teacher-pretrained', '--teacher-epochs', '1']
+    assert main([*argv, *fitted, '--experiment', 'fitted']) == 0
+    teacher = tmp_path / 'fitted' / 'teacher'
+    assert main(cached([*argv, '--teacher', f'local-dir:{teacher}'], tmp_path, 'folder')) == 0
+    file = ['--teacher', 'test_vit', '--teacher-checkpoint', str(teacher / 'model.safetensors')]
+    assert main(cached([*argv, *file], tmp_path, 'file')) == 0
+    assert 'the teacher is not loaded' in capsys.readouterr().out
+
+
+def test_a_teacher_that_resizes_otherwise_is_refused_a_cache(folder, tmp_path, capsys):
+    argv = ['--student', 'cifar_resnet8', '--data-dir', str(folder), '--img-size', '32', '--epochs', '1', '-b', '32',
+            '--workers', '0', '--min-teacher-acc', '0', '--output', str(tmp_path)]  # fmt: skip
+    model = timm.create_model('vit_tiny_patch16_224', depth=1, num_classes=3)  # takes images of one size only
+    config = timm.data.resolve_data_config(model=model)
+    teacher = export_model(model, tmp_path / 't', data_config=config)
+    argv += ['--teacher', f'local-dir:{teacher}']
+    assert main(cached(argv, tmp_path, 'first')) == 0
+    config = json.loads((teacher / 'config.json').read_text())
+    assert config['pretrained_cfg']['interpolation'] == 'bicubic'
+    config['pretrained_cfg']['interpolation'] = 'bilinear'
+    (teacher / 'config.json').write_text(json.dumps(config))
+    assert main(cached(argv, tmp_path, 'second')) == 1
+    assert "interpolation of the teacher's resize bicubic, not bilinear" in capsys.readouterr().err
 
 
 def test_a_cache_of_other_weights_is_refused(filled, trained_teacher, tmp_path, capsys):

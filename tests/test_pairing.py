@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from timm_rld import Teacher, create_pair, create_student, create_teacher
+from timm_rld import Teacher, create_pair, create_student, create_teacher, export_model
 from timm_rld.errors import UserError
 from timm_rld.pairing import (
     InputView,
@@ -71,6 +71,24 @@ def test_a_fixed_size_teacher_that_sees_its_own_size_is_not_resized():
     assert input_view(network(VIT), view_size=(224, 224)).size is None
     assert input_view(timm.create_model('test_resnet'), view_size=(32, 32)).size is None
     assert input_view(timm.create_model('test_resnet'), img_size=64, view_size=(32, 32)).size == (64, 64)
+
+
+@pytest.mark.parametrize('name', [VIT, 'test_vit'])
+def test_the_folder_of_a_resized_teacher_gives_the_logits_of_that_teacher(name, tmp_path):
+    # the student's validation images are resized bilinearly, those of the teacher's network bicubically
+    pair = create_pair(name, 'cifar_resnet8', 7, fit_teacher=True, teacher_pretrained=False, img_size=64)
+    assert pair.teacher.view.interpolation != pair.data_config['interpolation']
+    export_model(pair.teacher.model, tmp_path / 't', data_config=pair.teacher_data_config)
+    again = create_pair(f'local-dir:{tmp_path / "t"}', 'cifar_resnet8', 7, img_size=64).teacher
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert again.view.size == pair.teacher.view.size
+    assert torch.equal(again(pixels), pair.teacher(pixels))
+
+
+def test_the_folder_of_a_teacher_that_is_not_resized_has_the_preprocessing_of_its_images():
+    pair = create_pair('test_resnet', 'cifar_resnet8', 7, fit_teacher=True, teacher_pretrained=False, img_size=32)
+    assert pair.teacher.view.size is None
+    assert pair.teacher_data_config['interpolation'] == pair.data_config['interpolation']
 
 
 def test_a_view_and_its_inverse_agree():

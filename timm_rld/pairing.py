@@ -53,7 +53,7 @@ class InputView(nn.Module):
         self.register_buffer('mean', 255 * torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer('std', 255 * torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.size = tuple(size) if size else None
-        self.interpolation = interpolation if interpolation in ('bicubic', 'bilinear') else 'bilinear'
+        self.interpolation = resize_mode(interpolation)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels `[B, C, H, W]` in 0..255, uint8 or floating → normalised `[B, C, h, w]`, float32 or higher."""
@@ -71,6 +71,12 @@ class InputView(nn.Module):
     def extra_repr(self) -> str:
         mean, std = ([round(v, 4) for v in (b.flatten() / 255).tolist()] for b in (self.mean, self.std))
         return f'mean={mean}, std={std}, size={self.size}'
+
+
+def resize_mode(interpolation: str | None) -> str:
+    """The mode of `F.interpolate` for the interpolation of a model's config: those without antialiasing become
+    `bilinear`, and none becomes timm's default, `bicubic`."""
+    return interpolation if interpolation in ('bicubic', 'bilinear') else 'bilinear' if interpolation else 'bicubic'
 
 
 class Teacher(nn.Module):
@@ -182,6 +188,45 @@ def has_fixed_size(model: nn.Module) -> bool:
     from timm.models import get_model_input_config
 
     return bool(get_model_input_config(model)['fixed_input_size'])
+
+
+def resized_to(card: ModelCard, img_size: int | None, view_size: tuple[int, int]) -> tuple[int, int] | None:
+    """The (H, W) that :func:`create_teacher` resizes the shared images to; None where it takes them as they are. No
+    weights are loaded.
+
+    Args:
+        card: from :func:`look_up`.
+        img_size: of `--teacher-img-size`.
+        view_size: (H, W) of the shared images.
+    """
+    size = (img_size, img_size) if img_size else None
+    if size is None and card.config.get('fixed_input_size'):
+        from timm import create_model
+        from timm.models import get_model_input_config
+
+        with torch.device('meta'):  # some configs call a network fixed that takes any size
+            config = get_model_input_config(create_model(card.name))
+        size = tuple(config['input_size'][-2:]) if config['fixed_input_size'] else None
+    return None if size == view_size else size
+
+
+def constructor_arguments(card: ModelCard, img_size: int | None) -> dict[str, Any]:
+    """Arguments that a teacher is built with, but for those that timm writes into each folder whether they were asked
+    for or not: the same network has the same ones, by name and from its folder.
+
+    Args:
+        card: from :func:`look_up`.
+        img_size: of `--teacher-img-size`.
+    """
+    from timm.models import get_pretrained_cfg
+
+    arguments = {k: v for k, v in card.model_args.items() if k not in ('num_classes', 'in_chans', 'global_pool')}
+    if img_size and card.config.get('fixed_input_size'):
+        arguments['img_size'] = [img_size, img_size]
+    native = get_pretrained_cfg(card.architecture, allow_unregistered=True)
+    if native is not None and arguments.get('img_size') == list(native.input_size[-2:]):
+        del arguments['img_size']
+    return arguments
 
 
 def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
@@ -486,6 +531,7 @@ class Pair:
         return dict(
             self.data_config,
             input_size=(channels, *(view.size or size)),
+            interpolation=view.interpolation if view.size else self.data_config['interpolation'],
             mean=_per_channel([round(v, 6) for v in mean], channels),
             std=_per_channel([round(v, 6) for v in std], channels),
         )

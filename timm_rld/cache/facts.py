@@ -11,11 +11,9 @@ from typing import Any
 
 from ..config import Config, flag_of
 from ..data import LOADER_SETTINGS, Source
-from ..pairing import look_up
+from ..pairing import constructor_arguments, look_up, resize_mode, resized_to
 
 FORMAT = 1
-# arguments that timm writes into every folder, whether they were asked for or not
-_WRITTEN = ('num_classes', 'in_chans', 'global_pool')
 # of the loaders' settings, those that an image does not depend on
 _NO_MATTER = {'batch_size', 'validation_batch_size', 'grad_accum_steps', 'seed', 'workers'}
 
@@ -44,30 +42,14 @@ class Purpose:
             weights: of the teacher, a digest.
         """
         c = self.config
-        card = look_up(c.teacher, '--teacher')
-        own = card.config
-        class_map = c.teacher_class_map
-        if class_map and os.path.isfile(class_map):
-            class_map = f'sha256 {_sha256(Path(class_map))}'
-        elif class_map:
-            class_map = f'{class_map} {hashlib.sha256(repr(own.get("label_names")).encode()).hexdigest()}'
         without = _NO_MATTER | (set() if c.reprob else {'remode', 'recount'})
         without |= set() if c.train_crop_mode == 'pad' else {'crop_padding'}
-        size = list(own['input_size'][-2:]) if own.get('fixed_input_size') else None
         facts = {
-            'format': FORMAT,
-            'weights of the teacher': weights,
-            'architecture of the teacher': card.architecture,
-            'arguments of the teacher': {k: v for k, v in card.model_args.items() if k not in _WRITTEN},
-            '--teacher-class-map': class_map,
-            '--teacher-mean': _rounded(c.teacher_mean or own.get('mean')),
-            '--teacher-std': _rounded(c.teacher_std or own.get('std')),
-            '--teacher-img-size': [c.teacher_img_size] * 2 if c.teacher_img_size else size,
+            **self._teacher(weights),
             **self._split(c.train_split, self.train),
             'size of the view': self.data_config['input_size'],
             '--seed': c.seed,
             **{flag_of(name): getattr(c, name) for name in LOADER_SETTINGS if name not in without},
-            '--mixed-precision': self.precision,
             '--torchcompile': c.torchcompile,
             '--teacher-cache-dtype': c.teacher_cache_dtype,
         }
@@ -77,23 +59,32 @@ class Purpose:
 
     def validation_facts(self, weights: str) -> dict[str, Any]:
         """What the rows of the validation split depend on."""
-        facts = self.facts(weights)
-        kept = (
-            'format',
-            'weights',
-            'arch',
-            'arguments',
-            '--teacher-class',
-            '--teacher-mean',
-            '--teacher-std',
-            '--teacher-img',
-            '--mixed',
-            '--jpeg',
-        )
-        d = self.data_config
-        how = {k: d[k] for k in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')}
-        own = {k: v for k, v in facts.items() if k.startswith(kept)}
-        return _plain({**own, **self._split(self.config.val_split, self.val), **how})
+        how = {k: self.data_config[k] for k in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')}
+        split = self._split(self.config.val_split, self.val)
+        return _plain({**self._teacher(weights), **split, **how, '--jpeg-draft': self.config.jpeg_draft})
+
+    def _teacher(self, weights: str) -> dict[str, Any]:
+        c = self.config
+        card = look_up(c.teacher, '--teacher')
+        own = card.config
+        class_map = c.teacher_class_map
+        if class_map and os.path.isfile(class_map):
+            class_map = f'sha256 {_sha256(Path(class_map))}'
+        elif class_map:
+            class_map = f'{class_map} {hashlib.sha256(repr(own.get("label_names")).encode()).hexdigest()}'
+        size = resized_to(card, c.teacher_img_size, tuple(self.data_config['input_size'][-2:]))
+        return {
+            'format': FORMAT,
+            'weights of the teacher': weights,
+            'architecture of the teacher': card.architecture,
+            'arguments of the teacher': constructor_arguments(card, c.teacher_img_size),
+            '--teacher-class-map': class_map,
+            '--teacher-mean': _rounded(c.teacher_mean or own.get('mean')),
+            '--teacher-std': _rounded(c.teacher_std or own.get('std')),
+            '--teacher-img-size': size and list(size),
+            "interpolation of the teacher's resize": size and resize_mode(own.get('interpolation')),
+            '--mixed-precision': self.precision,
+        }
 
     def _split(self, name: str, source: Source) -> dict[str, Any]:
         dataset = self.config.dataset
