@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from timm_rld.data import Loader, MixedTarget, Mixing, eval_transform, open_split, open_splits, train_transform
+from timm_rld.data import (
+    Loader,
+    MixedTarget,
+    Mixing,
+    eval_transform,
+    open_split,
+    open_splits,
+    sources,
+    train_transform,
+)
 from timm_rld.data.replay import SAMPLE, ReplayDataset, ReplaySampler, seeded
 from timm_rld.data.transforms import DraftTransform, ErasePixels, to_tensor
 from timm_rld.errors import SampleError, UserError
@@ -465,3 +477,110 @@ def test_a_column_that_holds_no_images_is_named(parquet):
     assert 'is --input-key text the image column?' in opened(
         f'hfds/{parquet}', val='test', input_key='text', target_key='fine_label'
     )
+
+
+# ------------------------------------------------------------------------------------------------------- webdataset
+
+
+@pytest.fixture
+def shards(folder, tmp_path):
+    """The pictures of `folder` in shards, four for training and two for validation, with timm's _info.json."""
+    splits = {}
+    for split, n in (('train', 4), ('validation', 2)):
+        paths, names = sorted((folder / split).rglob('*.png')), [f'{split}-{i}.tar' for i in range(n)]
+        for i, name in enumerate(names):
+            with tarfile.open(tmp_path / name, 'w') as tar:
+                for path in paths[i::n]:
+                    label = str(sorted(p.name for p in path.parent.parent.iterdir()).index(path.parent.name)).encode()
+                    tar.add(path, f'{path.stem}.png')
+                    member = tarfile.TarInfo(f'{path.stem}.cls')
+                    member.size = len(label)
+                    tar.addfile(member, io.BytesIO(label))
+        lengths = [len(paths[i::n]) for i in range(n)]
+        splits[split] = dict(name=split, num_samples=len(paths), filenames=names, shard_lengths=lengths)
+    (tmp_path / '_info.json').write_text(json.dumps({'splits': splits}))
+    return tmp_path
+
+
+def wds(root, split='train', **kwargs):
+    pytest.importorskip('webdataset')
+    kwargs = dict(flag=f'--{split[:5].rstrip("i")}-split', data_dir=str(root), num_classes=3, batch_size=4) | kwargs
+    return open_split('wds/fruit', split, is_training=split.startswith('train'), **kwargs)
+
+
+def test_shards_are_read_by_the_name_of_a_split_or_by_a_pattern(shards):
+    for split in ('validation', 'validation-{0..1}.tar|20'):
+        source = wds(shards, split)
+        assert (source.declared, source.shards) == (20, 2)
+        batches = Loader(source, eval_transform((3, 16, 16), interpolation='bilinear', crop_pct=1.0), 8, training=False)
+        targets = torch.cat([target for _, target, _ in epoch_of(batches, 0)])
+        assert targets.bincount().tolist() == [7, 7, 6]
+    source = wds(shards)
+    assert (source.declared, source.shards) == (41, 4)
+    stream = Loader(source, train_transform((3, 16, 16), **NORM), 4, training=True, workers=2)
+    assert len(epoch_of(stream, 1)) == len(stream) == 12
+
+
+@pytest.mark.parametrize('split', ['train', 'train-{0..3}.tar|41'])
+def test_shards_that_are_not_there_are_named_before_training(shards, split):
+    (shards / 'train-1.tar').unlink()
+    with pytest.raises(UserError, match=f'--train-split .*: 1 of 4 shards are not in --data-dir {shards}: train-1.tar'):
+        wds(shards, split, flag='--train-split')
+
+
+def test_of_many_missing_shards_the_first_are_named(tmp_path):
+    names = [f'a-{i}.tar' for i in range(10)]
+    reader = SimpleNamespace(root=str(tmp_path), num_samples=9, split_info=SimpleNamespace(filenames=names))
+    for name in names[:2]:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as e:
+        sources._check_shards(reader, 'a', '--val-split')
+    assert str(e.value).startswith('--val-split a: 8 of 10 shards') and str(e.value).endswith(
+        'a-2.tar, a-3.tar, a-4.tar, …'
+    )
+    for name in names:
+        (tmp_path / name).touch()
+    assert sources._check_shards(reader, 'a', '--val-split') == 10
+    reader.num_samples = 0
+    with pytest.raises(UserError, match='not known; give --val-num-samples N'):
+        sources._check_shards(reader, 'a', '--val-split')
+
+
+def test_a_split_of_shards_that_is_not_described_is_an_error_with_a_way_out(shards):
+    for split, message in (
+        ('test', r"no such split in an _info.json of .*: 'test-{0000..0009}.tar|IMAGES'"),
+        ('train-{0..3}.tar', 'how many images it holds is not known; give --train-num-samples N'),
+    ):
+        with pytest.raises(UserError, match=message):
+            wds(shards, split, flag='--train-split')
+    info = json.loads((shards / '_info.json').read_text())
+    del info['splits']['train']['shard_lengths']
+    (shards / '_info.json').write_text(json.dumps(info))
+    with pytest.raises(UserError, match="--train-split train: the _info.json of .* lacks 'shard_lengths' for it"):
+        wds(shards)
+
+
+def test_without_webdataset_it_is_said_what_to_install(tmp_path, monkeypatch):
+    from timm.data.readers import reader_wds
+
+    monkeypatch.setattr(reader_wds, 'wds', None)
+    assert opened('wds/fruit', data_dir=str(tmp_path)) == (
+        "--dataset wds/fruit: needs webdataset: pip install 'timm-rld[wds]'"
+    )
+
+
+def test_more_readers_than_shards_are_refused_where_one_would_have_no_images(shards):
+    transform = train_transform((3, 16, 16), **NORM)
+    with pytest.raises(UserError, match=r"--workers 3: split 'train-.*' has 2 shard\(s\) for 3 readers"):
+        Loader(wds(shards, 'train-{0..1}.tar|20'), transform, 4, training=True, workers=3)
+    with pytest.raises(UserError, match=r'2 shard\(s\) for 4 readers \(4 process\(es\)\)'):
+        Loader(wds(shards, 'validation'), transform, 4, training=False, world=4)
+    Loader(wds(shards, 'validation'), transform, 4, training=False, workers=3)  # one has nothing to do
+
+
+def test_an_epoch_of_a_stream_that_ends_early_is_an_error(shards):
+    tarfile.open(shards / 'train-1.tar', 'w').close()
+    source = wds(shards, 'train-{0..1}.tar|20')
+    stream = Loader(source, train_transform((3, 16, 16), **NORM), 4, training=True, workers=2)
+    with pytest.raises(SampleError, match='--train-split train.*: ended after 3 of 6 batches'):
+        epoch_of(stream, 1)

@@ -82,6 +82,21 @@ def test_evaluation_counts_every_image_once_at_any_batch_size(folder, batch_size
     assert again['agreement'] == pytest.approx(75)
 
 
+def test_an_evaluation_of_fewer_images_than_a_stream_declares_is_an_error_that_names_both_numbers(parquet):
+    keys = dict(flag='--val-split', input_key='img', target_key='fine_label', num_classes=3)
+    accelerator = engine.create_accelerator(settings())
+    predict = lambda pixels: torch.zeros(len(pixels), 3)  # noqa: E731
+
+    def judge(declared: int):
+        source = open_split(f'hfids/{parquet}', 'test', num_samples=declared, **keys)
+        center = eval_transform((3, 32, 32), interpolation='bilinear', crop_pct=1.0)
+        return engine.evaluate(predict, Loader(source, center, 8, training=False), accelerator)
+
+    assert len(judge(20)[1]) == 20
+    with pytest.raises(UserError, match='--val-split test: 20 images were read, it declares 30; .*--val-num-samples'):
+        judge(30)
+
+
 def test_multistep_lowers_the_rate_in_the_epoch_named_counted_from_one():
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
     config = settings(sched='multistep', decay_milestones=(3, 5), lr=1.0, warmup_epochs=0, epochs=6)

@@ -185,7 +185,7 @@ def evaluate(
         both predict the same class); and this process's predicted classes `[n]`.
 
     Raises:
-        UserError: where the loss is not finite.
+        UserError: where the loss is not finite, or a stream held fewer images than its split declares.
         Interrupted: where it was given up.
     """
     device = accelerator.device
@@ -204,13 +204,20 @@ def evaluate(
             break
     if any(highest(accelerator, interrupted())):
         raise Interrupted
+    predicted = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64, device=device)
+    if loader.source.streamed:
+        seen = int(accelerator.reduce(torch.tensor(len(predicted), device=device), 'sum'))
+        if seen < loader.source.declared:
+            raise UserError(
+                f'--val-split {loader.source.split}: {seen} images were read, it declares {loader.source.declared}; '
+                'are files missing or damaged? (--val-num-samples N declares another number)'
+            )
     metrics = dict(evaluator.compute(distributed=accelerator.num_processes > 1))
     if not math.isfinite(metrics['loss']):
         raise UserError(
             f'the validation loss of the {title} is {metrics["loss"]}: its weights or normalisation are not finite, '
             'or it has diverged (try a lower --lr)'
         )
-    predicted = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64, device=device)
     if reference is not None:
         same = torch.stack([(predicted == reference).sum(), torch.tensor(len(predicted), device=device)])
         agreed, total = accelerator.reduce(same, 'sum').tolist()

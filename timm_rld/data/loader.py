@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..errors import UserError
+from ..errors import SampleError, UserError
 from .replay import STREAM, ReplayDataset, ReplaySampler, ReplayStream, Step, derive_seed
 from .sources import Source
 from .transforms import Transform, eval_transform, train_transform
@@ -58,6 +58,12 @@ class Loader:
             num_workers=workers, pin_memory=pin_memory, generator=self.generator, worker_init_fn=_leave_the_group
         )
         if source.streamed:
+            readers = max(1, workers) * world
+            if source.shards is not None and source.shards < readers and (training or world > 1):
+                raise UserError(
+                    f'--workers {workers}: split {source.split!r} has {source.shards} shard(s) for {readers} readers '
+                    f'({world} process(es)), and one without a shard has no images; take fewer, or cut smaller shards'
+                )
             source.dataset.set_loader_cfg(num_workers=workers)
             self.stream = ReplayStream(source, transform, seed if training else None, rank)
             self.sampler = None
@@ -130,7 +136,18 @@ class Loader:
             self.dataset.bad_images = listed_in
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.loader)
+        return self._whole_stream() if self.sampler is None and self.training else iter(self.loader)
+
+    def _whole_stream(self) -> Iterator[Batch]:
+        """The batches of an epoch, which every process counts on."""
+        count = 0
+        for batch in self.loader:
+            yield batch
+            count += 1
+        if count < len(self):
+            raise SampleError(
+                f'--train-split {self.source.split}: ended after {count} of {len(self)} batches; are files damaged?'
+            )
 
 
 def _leave_the_group(_: int) -> None:

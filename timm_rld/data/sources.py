@@ -36,6 +36,7 @@ class Source:
         class_names: by index, or None where the dataset does not name them.
         streamed: whether it can only be read in order.
         image_mode: PIL mode that images are converted to.
+        shards: of `wds/`, files that its readers share out, none of which is read by two.
     """
 
     dataset: Any
@@ -44,9 +45,16 @@ class Source:
     class_names: list[str] | None
     streamed: bool
     image_mode: str
+    shards: int | None = None
 
     def __len__(self) -> int:
+        """Images of the split; of a streamed one, those that one process reads."""
         return len(self.dataset)
+
+    @property
+    def declared(self) -> int:
+        """Images that the split says it holds, whoever reads them."""
+        return self.dataset.reader.num_samples if self.streamed else len(self)
 
     def digest(self) -> str:
         """A short digest of what the split holds, as far as it can be told without reading images: file names and
@@ -183,6 +191,8 @@ def open_split(
     except Exception as e:
         raise _explain(e, kind, rest, root, split, flag, dataset_download) from e
     source = Source(made, split, 0, None, kind in STREAMED, image_mode)
+    if kind == 'wds':
+        source.shards = _check_shards(made.reader, split, flag)
     _read_classes(source, dataset or data_dir, flag, target_key or 'label', num_classes)
     if not source.streamed and not len(source):
         raise UserError(f'{flag} {split}: holds no images')
@@ -293,6 +303,26 @@ def _check_folders(reader: Any, name: str) -> None:
         raise UserError(f'--class-map: no line for the class {", ".join(map(repr, left_out[:5]))} of {reader.root}')
 
 
+def _check_shards(reader: Any, split: str, flag: str) -> int:
+    """How many shards there are. webdataset passes over those that are not there, and reads the others again in their
+    place."""
+    names = reader.split_info.filenames
+    if missing := [name for name in names if not os.path.exists(os.path.join(reader.root, name))]:
+        listed = ', '.join(missing[:3]) + (', …' if len(missing) > 3 else '')
+        raise UserError(
+            f'{flag} {split}: {len(missing)} of {len(names)} shards are not in --data-dir {reader.root}: {listed}'
+        )
+    if not reader.num_samples:
+        raise _no_length(split, flag)
+    return len(names)
+
+
+def _no_length(split: str, flag: str) -> UserError:
+    return UserError(
+        f'{flag} {split}: how many images it holds is not known; give {flag.replace("split", "num-samples")} N'
+    )
+
+
 def _explain(e: Exception, kind: str, name: str, root: str | None, split: str, flag: str, download: bool) -> UserError:
     """What a user needs to know of an exception from timm's ``create_dataset``."""
     text = ' '.join(str(e).split()) or type(e).__name__
@@ -314,6 +344,18 @@ def _explain(e: Exception, kind: str, name: str, root: str | None, split: str, f
         if split.split('[')[0] not in splits:
             return UserError(f'{flag} {split}: no such split in {dataset} (there: {", ".join(splits)})')
         return UserError(f'{dataset}: {text}')
+    if kind == 'wds':
+        if 'install webdataset' in text:
+            return UserError(f"--dataset wds/{name}: needs webdataset: pip install 'timm-rld[wds]'")
+        if isinstance(e, KeyError):
+            return UserError(f'{flag} {split}: the _info.json of --data-dir {root} lacks {text} for it')
+        if 'num_samples' in text:
+            return _no_length(split, flag)
+        if 'not found in info' in text:
+            return UserError(
+                f'{flag} {split}: no such split in an _info.json of --data-dir {root}; '
+                f"it can be named by its shards: '{split}-{{0000..0009}}.tar|IMAGES'"
+            )
     if kind == 'torch':
         hint = '' if download or isinstance(e, AssertionError) else '; --dataset-download fetches it'
         return UserError(f'--dataset {kind}/{name} in --data-dir {root}: {text}{hint}')
