@@ -274,9 +274,33 @@ def test_a_wrong_class_map_is_named(trained_teacher, tmp_path, data, message):
 
 
 def test_the_same_classes_in_another_order_are_noticed(trained_teacher):
-    message = refused(f'local-dir:{trained_teacher}', 3, class_names=CLASSES[::-1])
-    assert 'in another order; give --teacher-class-map auto' in message
-    assert create_teacher(f'local-dir:{trained_teacher}', 3, class_names=CLASSES).class_map is None
+    name = f'local-dir:{trained_teacher}'
+    message = refused(name, 3, class_names=CLASSES[::-1])
+    assert "2 of the 3 classes of the dataset in another order ('plum', class 0, is its output 2)" in message
+    assert message.endswith('give --teacher-class-map auto')
+    assert 'in another order' in refused(name, 3, class_names=['Pear', 'apple', 'plum'])
+    assert create_teacher(name, 3, class_names=CLASSES).class_map is None
+    assert create_teacher(name, 3, class_names=CLASSES[::-1], class_map='auto').class_map.tolist() == [2, 1, 0]
+
+
+def test_classes_of_which_only_some_coincide_elsewhere_are_noticed_and_a_file_maps_them(trained_teacher, tmp_path):
+    name, ours = f'local-dir:{trained_teacher}', ['pear', 'fig', 'plum']
+    message = refused(name, 3, class_names=ours)
+    assert "1 of the 3 classes of the dataset in another order ('pear', class 0, is its output 1)" in message
+    assert 'no counterpart in' in message and "for 1 of 3 classes: 'fig'. A JSON FILE maps them by hand" in message
+    (tmp_path / 'm.json').write_text('[1, 0, 2]')
+    mapped = create_teacher(name, 3, class_names=ours, class_map=str(tmp_path / 'm.json'))
+    assert mapped.class_map.tolist() == [1, 0, 2]
+    assert create_teacher(name, 3, class_names=['apple', 'fig', 'plum']).class_map is None  # in their places
+
+
+def test_a_teacher_that_is_fitted_or_has_a_file_of_weights_need_not_have_the_order_of_its_published_names(
+    trained_teacher, weights
+):
+    name = f'local-dir:{trained_teacher}'
+    assert create_teacher(name, 3, class_names=CLASSES[::-1], to_fit=True).class_map is None
+    assert create_teacher(name, 4, class_names=['pear', 'a', 'b', 'c'], to_fit=True).class_map is None
+    assert create_teacher(name, 3, class_names=CLASSES[::-1], checkpoint=str(weights[0])).class_map is None
 
 
 def test_flags_that_contradict_a_fit_are_refused(weights):

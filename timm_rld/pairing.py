@@ -463,6 +463,26 @@ def match_classes(class_names: Sequence[str], card: ModelCard) -> list[int]:
     return [hits.pop() for hits in found]
 
 
+def _check_order(class_names: Sequence[str], label_names: Sequence[str], card: ModelCard) -> None:
+    """Raise UserError where a class of the dataset has its name at another output of the teacher."""
+    theirs = [_normal(name) for name in label_names]
+    outputs = {name: i for i, name in reversed(list(enumerate(theirs)))}
+    ours = [_normal(name) for name in class_names]
+    moved = [i for i, name in enumerate(ours) if name in outputs and theirs[i] != name]
+    if not moved:
+        return
+    try:
+        match_classes(class_names, card)
+        way_out = 'give --teacher-class-map auto'
+    except UserError as e:
+        way_out = str(e)
+    first = moved[0]
+    raise UserError(
+        f'--teacher {card.name}: it has {len(moved)} of the {len(ours)} classes of the dataset in another order '
+        f'({class_names[first]!r}, class {first}, is its output {outputs[ours[first]]});\n{way_out}'
+    )
+
+
 def read_class_map(path: str, num_classes: int, class_names: Sequence[str] | None) -> list[int]:
     """Read a class map: a JSON list of the teacher's indices, or a mapping from class name or index to them.
 
@@ -655,7 +675,11 @@ def create_teacher(
                 'head in its place.\nWays out: --teacher-epochs N (fit it on this dataset first), --teacher-checkpoint '
                 f'FILE (weights for these classes), --teacher-class-map auto|FILE (pick them from its {outputs})'
             )
-    index = _resolve_class_map(class_map, card, outputs, num_classes, class_names, from_file=state is not None)
+    published = class_map is None and not to_fit and state is None
+    names = card.label_names if published and class_names else None  # that must be those of the dataset
+    if names:
+        _check_order(class_names, names, card)
+    index = _resolve_class_map(class_map, card, outputs, num_classes, class_names)
     model = build_model(
         card, '--teacher', pretrained=pretrained and state is None and card.has_weights, num_classes=outputs,
         way_out='--no-teacher-pretrained (with --teacher-epochs N) fits it from scratch on this dataset.', **kwargs,
@@ -664,8 +688,7 @@ def create_teacher(
         _load_into(model, state, f'--teacher-checkpoint {checkpoint} for --teacher {name}')
     view = input_view(model, mean=mean, std=std, img_size=img_size, view_size=view_size)
     teacher = Teacher(model, view, index, name)
-    if index is None and not to_fit and state is None and class_names and card.label_names:
-        teacher.other_names = not set(class_names) & set(card.label_names)
+    teacher.other_names = bool(names) and not set(class_names) & set(names)
     size = view.size or view_size
     own = tuple(card.config.get('input_size', ())[-2:])
     if own and not to_fit and (state is None or own < tuple(size)):  # a file may come from training at another size
@@ -799,15 +822,8 @@ def _resolve_class_map(
     outputs: int,
     num_classes: int,
     class_names: Sequence[str] | None,
-    from_file: bool,
 ) -> list[int] | None:
     if class_map is None:
-        theirs = None if from_file else card.label_names
-        if theirs and class_names and list(class_names) != theirs and sorted(class_names) == sorted(theirs):
-            raise UserError(
-                f'--teacher {card.name}: it has the classes of the dataset in another order; '
-                'give --teacher-class-map auto'
-            )
         return None
     if class_map == 'auto':
         if not class_names:
