@@ -479,6 +479,30 @@ def test_a_column_that_holds_no_images_is_named(parquet):
     )
 
 
+def test_a_null_image_is_named_by_row_and_split_and_not_taken_for_a_missing_column(tmp_path):
+    import datasets
+
+    features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(names=['a', 'b']))
+    image = Image.new('RGB', (9, 9))
+    for split, images in (('train', [None, image, image, None]), ('test', [image, image, image, None])):
+        rows = datasets.Dataset.from_dict(dict(img=images, fine_label=[0, 1, 0, 1]), features=features)
+        rows.to_parquet(tmp_path / f'{split}.parquet')
+    keys = dict(input_key='img', target_key='fine_label')
+    train, val = open_splits(f'hfds/{tmp_path}', 'train', 'test', **keys)
+    assert train.read(1)[1] == 1
+    for source, index in ((train, 0), (train, 3), (val, 3)):
+        with pytest.raises(SampleError) as e:
+            source.read(index)
+        assert str(e.value) == (
+            f"image {index} of split '{source.split}' cannot be read: row {index} of the column 'img' is null"
+        )
+    dataset = ReplayDataset(train, train_transform((3, 16, 16), **NORM), 1)
+    dataset.bad_images = tmp_path / 'bad.txt'
+    assert dataset[(1, 0)][0].shape == (3, 16, 16) and "'img' is null" in dataset.bad_images.read_text()
+    message = opened(f'hfds/{tmp_path}', val='test', **{**keys, 'input_key': 'image'})
+    assert '--input-key image: no such image column' in message and '(columns: img, fine_label)' in message
+
+
 # ------------------------------------------------------------------------------------------------------- webdataset
 
 

@@ -109,9 +109,10 @@ class Source:
             except Exception:
                 name = None
             where = f' ({name})' if name else ''
-            raise SampleError(
-                f'image {index}{where} of split {self.split!r} cannot be read: {type(e).__name__}: {e}'
-            ) from e
+            why = f'{type(e).__name__}: {e}'
+            if hasattr(getattr(reader, 'dataset', None), 'unique') and not _has_image(reader)[index].as_py():
+                why = f'row {index} of the column {reader.image_key!r} is null'
+            raise SampleError(f'image {index}{where} of split {self.split!r} cannot be read: {why}') from e
 
 
 def open_split(
@@ -200,7 +201,7 @@ def open_split(
         raise UserError(f'{flag} {split}: {dataset or data_dir} has {source.num_classes} class; at least 2 are needed')
     if kind == 'hfds':
         try:
-            source.read(0)
+            source.read(_has_image(made.reader).index(True).as_py())  # a null is told when it is read in earnest
         except SampleError as e:
             raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
     return source
@@ -362,6 +363,14 @@ def _explain(e: Exception, kind: str, name: str, root: str | None, split: str, f
     return UserError(f'--dataset {kind}/{name}: {text}' if kind else f'--data-dir {root}: {text}')
 
 
+def _has_image(reader: Any) -> Any:
+    """Of each row of a table of `hfds/`, whether it has an image, without reading any: a pyarrow array."""
+    import pyarrow.compute as pc
+
+    column = reader.dataset.data.column(reader.image_key)
+    return pc.or_(*(pc.is_valid(pc.struct_field(column, part)) for part in ('bytes', 'path')))
+
+
 def _read_classes(source: Source, name: str, flag: str, target_key: str, num_classes: int | None) -> None:
     """Fill in the class names and their number, and check the labels where that costs nothing."""
     reader = getattr(source.dataset, 'reader', None)
@@ -371,8 +380,8 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
     if hasattr(reader, 'samples') and hasattr(reader, 'class_to_idx'):
         _check_folders(reader, name)
     if hasattr(columns, 'unique'):
-        # timm's reader casts the image column, which adds one of None where there is no such column
-        no_image = len(columns) > 0 and columns[0][reader.image_key] is None
+        # timm's reader casts the image column, which adds one of nulls where there is no such column
+        no_image = len(columns) > 0 and _has_image(reader).index(True).as_py() < 0
         shown = ', '.join(c for c in columns.column_names if not (no_image and c == reader.image_key))
         if no_image:
             raise UserError(f'--input-key {reader.image_key}: no such image column in {name} (columns: {shown})')
