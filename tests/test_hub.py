@@ -43,6 +43,17 @@ def test_an_exported_config_does_not_claim_the_base_weights_as_its_own(tmp_path)
     )
 
 
+def test_the_readme_of_a_folder_of_any_name_is_python_that_loads_it(tmp_path):
+    import ast
+
+    name = "<script>`a|b` it's\n```"
+    folder = export_model(timm.create_model('test_resnet', num_classes=4), tmp_path / name, data_config=CONFIG)
+    readme = (folder / 'README.md').read_text()
+    code = readme.partition('```python\n')[2].rpartition('\n```')[0]
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert f'local-dir:path/to/{name}' in strings and '\n```' not in code
+
+
 def test_an_export_that_fails_leaves_what_was_there(tmp_path):
     model = timm.create_model('test_resnet', num_classes=4)
     folder = export_model(model, tmp_path / 'm', data_config=CONFIG)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,39 @@ def test_the_card_says_what_a_user_wants_to_know_and_nothing_private_is_pushed(h
     for secret in (TOKEN, str(run.parent), str(folder), str(folder.parent)):
         assert secret.encode() not in everything
     assert yaml.safe_load(files['args.yaml'])['data_dir'] == folder.name
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'code'),
+    [
+        ('<script>alert(1)', '&lt;script&gt;alert(1)', '`<script>alert(1)`'),
+        ('a|b', r'a\|b', '`a|b`'),
+        ('a`b', r'a\`b', '`` a`b ``'),
+        ('``', r'\`\`', '``` `` ```'),
+        ('[a](b) __c__ &amp;', r'\[a\](b) \_\_c\_\_ &amp;amp;', '`[a](b) __c__ &amp;`'),
+        ('a\n# b\n```', r'a # b \`\`\`', '```` a # b ``` ````'),
+    ],
+)
+def test_names_show_in_the_card_as_they_are_whatever_html_or_markdown_they_hold(run, tmp_path, name, text, code):
+    import dataclasses
+
+    finished = read_run(run)
+    settings = {**finished.settings, 'data_dir': str(tmp_path / name), 'val_split': name, 'teacher': name}
+    results = {**finished.results, 'command': shlex.join(['train_distill.py', '--val-split', name])}
+    strange = dataclasses.replace(finished, settings=settings, results=results)
+    section = report.card_section(strange, 'me/student', 'last', False)
+    assert f'On the split {code} of {text}, each image' in section
+    assert f'learned from {code} by `rld` distillation on {text}, with timm_rld.' in section
+    assert f'- Teacher: {code}' in section
+    before, _, command = section.partition('bash\n')
+    fence = before.rpartition('\n')[2]
+    assert command.startswith(f'{shlex.join(shlex.split(results["command"]))}\n{fence}\n')
+    assert fence not in name and len(fence) >= 3
+    card = merge_card(None, report.card_header(strange, 'me/student', 'apache-2.0', 'last'), section)
+    header = card.split('\n---\n')[0]
+    assert '<' not in header
+    dataset = yaml.safe_load(header.removeprefix('---\n'))['model-index'][0]['results'][0]['dataset']
+    assert dataset['name'] == name and dataset['split'] == name
 
 
 @pytest.mark.parametrize(('weights', 'file'), [('ema', 'student_ema'), ('last', 'student')])

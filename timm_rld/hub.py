@@ -111,11 +111,12 @@ def export_model(
 def _how_to_load(model: nn.Module, folder: str) -> str:
     """A README: the lines that load a model folder. Networks of ours need our registration first."""
     ours = type(model).__module__.partition('.')[0] == __package__
+    name = f'local-dir:path/to/{folder}'  # quoted as Python does: a backtick or a line's end stays within it
     registers = f"import {__package__}  # puts {model.pretrained_cfg['architecture']} into timm's registry\n"
     return (
         f'# {model.pretrained_cfg["architecture"]}\n\nA timm model folder, distilled with {__package__}.\n\n```python\n'
         f'{registers if ours else ""}import timm\n\n'
-        f"model = timm.create_model('local-dir:path/to/{folder}', pretrained=True).eval()\n"
+        f'model = timm.create_model({name!r}, pretrained=True).eval()\n'
         'config = timm.data.resolve_data_config({}, model=model, use_test_size=True)\n'
         'transform = timm.data.create_transform(**config)\n```\n'
     )

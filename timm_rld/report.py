@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import os
@@ -182,6 +183,23 @@ def curve_png(history: list[dict[str, float]]) -> bytes | None:
     return data.getvalue()
 
 
+def _literal(name: str) -> str:
+    """A name in the card's text that shows as it is, whatever Markdown or HTML it holds."""
+    return re.sub(r'([\\`*_\[\]|~$])', r'\\\1', html.escape(' '.join(name.split()), quote=False))
+
+
+def _fence(text: str, least: int = 1) -> str:
+    """Backticks to put around a text, more than it has in a row."""
+    return '`' * max([least, *(len(ticks) + 1 for ticks in re.findall('`+', text))])
+
+
+def _code(name: str) -> str:
+    """A name as a span of code that shows as it is."""
+    name = ' '.join(name.split())
+    space = ' ' if '`' in name else ''
+    return f'{_fence(name)}{space}{name}{space}{_fence(name)}'
+
+
 def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict[str, Any]:
     """The YAML header of the card, as the Hub reads it."""
     from huggingface_hub import EvalResult
@@ -194,7 +212,7 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
     evaluated = [
         EvalResult(
             task_type='image-classification', task_name='Image Classification',
-            dataset_type=dataset.lower().replace(' ', '-'), dataset_name=dataset,
+            dataset_type=re.sub(r'[^\w./-]+', '-', dataset.lower()), dataset_name=dataset,
             dataset_split=settings['val_split'], metric_type='accuracy', metric_name=label,
             metric_value=round(metrics[key] / 100, 6),
         )
@@ -237,13 +255,13 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         'best': f'those of epoch {metrics["epoch"]:.0f}, chosen as the best on the validation split itself',
         'ema': 'the moving average of the weights, after the last epoch',
     }[weights]
-    distilled = results['distill'] != 'none'
+    distilled, dataset = results['distill'] != 'none', _literal(_dataset(settings))
     lines = [BEGIN, '', f'# {repo_id.partition("/")[2] or repo_id}', '']
     if distilled:
-        learned = f'that learned from `{settings["teacher"]}` by `{results["distill"]}` distillation'
+        learned = f'that learned from {_code(settings["teacher"])} by `{results["distill"]}` distillation'
     else:
         learned = 'trained without distillation'
-    lines += [f'`{config["architecture"]}` {learned} on {_dataset(settings)}, with timm_rld.', '']
+    lines += [f'`{config["architecture"]}` {learned} on {dataset}, with timm_rld.', '']
     lines += ['## Use', '', '```python', *usage(config['architecture'], repo_id, images['input_size'][0]), '```', '']
     rows = [('top-1 of these weights', f'{metrics["top1"]:.2f} %')]
     if metrics.get('top5') is not None:
@@ -258,8 +276,8 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         rows.append(('top-1 of the teacher', f'{results["teacher_top1"]:.2f} %'))
     if results.get('agreement') is not None:
         rows.append(('same prediction as the teacher', f'{results["agreement"]:.2f} %'))
-    split = settings['val_split']
-    lines += ['## Figures', '', f'On the split `{split}` of {_dataset(settings)}, each image counted once.', '',
+    split = _code(settings['val_split'])
+    lines += ['## Figures', '', f'On the split {split} of {dataset}, each image counted once.', '',
               '| | |', '| --- | --- |', *(f'| {a} | {b} |' for a, b in rows), '',
               f'The weights here are {said}.', '']  # fmt: skip
     if has_curve:
@@ -267,7 +285,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     lines += ['## How it was made', '']
     if distilled:
         options = ', '.join(f'{k} {v}' for k, v in results['distill_options'].items()) or 'none'
-        teacher = f'- Teacher: `{settings["teacher"]}`'
+        teacher = f'- Teacher: {_code(settings["teacher"])}'
         if results.get('teacher_sha256'):
             teacher += f', SHA-256 of its weights `{results["teacher_sha256"][:16]}…`'
         if settings.get('teacher_epochs'):
@@ -277,12 +295,12 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
             f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
             f'cross-entropy {settings["task_loss_weight"]:g}. {results.get("paper") or ""}'.rstrip(' '),
         ]
-    size = images['input_size']
+    size, command = images['input_size'], public_command(results['command'])
     lines += [
         f'- {results["epochs"]} epochs, seed {results["seed"]}, images of {size[1]}×{size[2]}; '
         'all settings: `args.yaml`; figures of each epoch: `summary.csv`',
         f'- Versions: {", ".join(f"{k} {v}" for k, v in results["versions"].items())}',
-        '', '```bash', public_command(results['command']), '```', '',
+        '', f'{_fence(command, 3)}bash', command, _fence(command, 3), '',
         'Not measured: other seeds and datasets, robustness to images unlike those of this split, speed, calibration.',
         '', '## Cite', '', _CITATIONS, '', END,
     ]  # fmt: skip
@@ -329,7 +347,19 @@ def merge_card(existing: str | None, header: dict[str, Any], section: str) -> st
     else:
         body = f'{body.strip()}\n\n{section}\n'.lstrip('\n')
         body = f'\n{body}'
-    return f'---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}---\n{body}'
+    front = yaml.dump(merged, Dumper=_HeaderDumper, sort_keys=False, allow_unicode=True)
+    front = front.replace('<', r'\x3C')
+    return f'---\n{front}---\n{body}'
+
+
+class _HeaderDumper(yaml.SafeDumper):
+    """Puts text with `<` into double quotes, in which YAML reads `\\x3C` for it: a viewer of Markdown that knows of no
+    header would take it for HTML."""
+
+
+_HeaderDumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar('tag:yaml.org,2002:str', text, '"' if '<' in text else None)
+)
 
 
 def _split_header(text: str) -> tuple[dict[str, Any], str]:
