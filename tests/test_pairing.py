@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import shutil
 
 import pytest
 import timm
@@ -166,7 +167,7 @@ def test_a_network_without_published_weights_is_fitted_from_scratch_and_otherwis
     assert '--no-teacher-pretrained leaves it random' in refused('resnet34', 1000, pretrained=False)
 
 
-def test_files_that_are_no_weights_are_refused_and_not_executed(tmp_path):
+def test_files_that_are_no_weights_are_refused_and_not_executed(tmp_path, trained_teacher):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / 'pwned'), 'w'))
@@ -181,6 +182,12 @@ def test_files_that_are_no_weights_are_refused_and_not_executed(tmp_path):
         write(tmp_path / name)
         with pytest.raises(UserError, match=f'--teacher-checkpoint .*{name}.*{message}'):
             load_weights(str(tmp_path / name), '--teacher-checkpoint')
+    teacher = tmp_path / 'teacher'
+    shutil.copytree(trained_teacher, teacher)
+    (teacher / 'model.safetensors').unlink()
+    (tmp_path / 'a.pth').rename(teacher / 'pytorch_model.bin')
+    message = refused(f'local-dir:{teacher}', 3)
+    assert 'its weights cannot be loaded (they hold more than tensors and plain values)' in message
     assert not (tmp_path / 'pwned').exists()
     assert 'no such file' in refused('resnet34', 3, checkpoint='/nowhere.pth')
 

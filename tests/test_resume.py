@@ -324,9 +324,15 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path):
 
     checkpoint = a_checkpoint(1)
     checkpoint.state = {'processes': Bomb()}
-    folder = Checkpoints(tmp_path).save(checkpoint)
-    with pytest.raises(Damaged):
+    said = []
+    checkpoints = Checkpoints(tmp_path, say=said.append)
+    folder = checkpoints.save(checkpoint)
+    with pytest.raises(Damaged) as e:
         read_checkpoint(folder)
+    assert str(e.value) == 'state.pt holds more than tensors and plain values, so it was not loaded'
+    with pytest.raises(UserError, match='no checkpoint of the student is whole'):
+        checkpoints.newest('student')
+    assert 'weights_only' not in said[0] and 'so it was not loaded' in said[0]  # torch's way out runs the code
     assert not (tmp_path / 'executed').exists()
 
 

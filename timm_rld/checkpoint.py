@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, is_not_plain
 from .runs import Clock, Means, best_epoch, outcome, raise_on_all
 
 FORMAT = 2
@@ -220,6 +220,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except Damaged:
         raise
     except Exception as e:
+        if is_not_plain(e):
+            raise Damaged('state.pt holds more than tensors and plain values, so it was not loaded') from e
         raise Damaged(str(e).splitlines()[0][:200] if str(e) else type(e).__name__) from e
     return Checkpoint(Position(**body['position']), body['history'], body['lr'], weights, state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -44,6 +45,12 @@ def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return ``" (did you mean 'a', 'b'?)"`` for the names nearest to ``name``, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=n, cutoff=0.6)
     return f' (did you mean {", ".join(repr(x) for x in near)}?)' if near else ''
+
+
+def is_not_plain(error: Exception) -> bool:
+    """Whether torch did not load a file because it holds more than tensors and plain values. What torch itself says
+    then, to load it nevertheless, would run whatever code is in it."""
+    return isinstance(error, pickle.UnpicklingError) or 'weights_only' in str(error)
 
 
 def _ignore_further_workers() -> None:

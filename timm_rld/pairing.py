@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, is_not_plain
 from .fold import fold_batch_norms
 from .hub import hub_in_reach
 
@@ -371,7 +370,7 @@ def load_weights(path: str, flag: str) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(_PLAIN_TYPES):
             state = load_state_dict(path, weights_only=True)
     except Exception as e:
-        if isinstance(e, pickle.UnpicklingError) or 'weights_only' in str(e):
+        if is_not_plain(e):
             raise UserError(
                 f'{flag} {path}: not a file of weights alone, so it was not loaded; save the state_dict as .safetensors'
             ) from e
@@ -862,5 +861,7 @@ def _per_channel(values: Floats, in_chans: int) -> tuple[float, ...]:
 
 
 def _first_line(e: Exception) -> str:
+    if is_not_plain(e):
+        return 'they hold more than tensors and plain values'
     text = str(e).strip().splitlines()
     return text[0][:200] if text else type(e).__name__
