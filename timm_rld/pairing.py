@@ -128,10 +128,11 @@ class Teacher(nn.Module):
         """
         if self.digest is None:
             self.digest = weights_digest(self)
-        lay_out(self.model, torch.channels_last if channels_last else torch.contiguous_format)
         noise = torch.randint(256, (4, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         noise[2], noise[3] = 0, 255
         self.folded += fold_batch_norms(self.model, self.view(noise.to(self.view.mean.device)))
+        # after the folds, which are tried in float64: there depthwise convolutions are slow in channels-last
+        lay_out(self.model, torch.channels_last if channels_last else torch.contiguous_format)
         return self.folded
 
     def forward(self, pixels: Tensor) -> Tensor:
