@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -155,6 +156,37 @@ def test_a_file_that_is_damaged_is_named(tmp_path, damage):
                       'longer': whole + b'x'}[damage])  # fmt: skip
     with pytest.raises(UserError, match='view-0001.safetensors: .*delete it'):
         Rows(path)
+
+
+@pytest.mark.parametrize('length', [0, 1500, 4000])  # nothing is left; some rows; all but a row
+def test_a_file_that_is_cut_off_while_it_is_open_is_an_error_and_no_signal(tmp_path, length):
+    rows = Rows.create(tmp_path / 'view-0001.safetensors', 100, 20, torch.float16)
+    values = torch.randn(100, 20).half()
+    rows.write(np.arange(99), values[:99])
+    other = Rows(rows.path)
+    assert other.filled().sum() == 99
+    os.truncate(rows.path, length)
+    for use in (
+        lambda: rows.read(np.arange(99)),
+        lambda: other.read(np.array([98])),
+        lambda: rows.write(np.array([99]), values[99:]),
+        lambda: other.write(np.array([0]), values[:1]),
+        other.damaged,
+        *([other.filled] if not length else []),
+    ):
+        with pytest.raises(UserError, match=f'view-0001.safetensors: is cut off or damaged .{length:,} bytes.*delete'):
+            use()
+    assert rows.path.stat().st_size == length, 'made long again'
+
+
+def test_rows_that_another_process_has_written_since_are_seen(tmp_path):
+    rows = Rows.create(tmp_path / 'x', 10, 4, torch.float16)
+    other, values = Rows(tmp_path / 'x'), torch.randn(10, 4).half()
+    assert not other.filled().any() and other.read(np.arange(10)) is None
+    rows.write(np.arange(10), values)
+    assert torch.equal(other.read(np.arange(10)), values)
+    other.write(np.arange(10), values + 1)  # rows that are there stay
+    assert torch.equal(rows.read(np.arange(10)), values) and not other.damaged()
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e6])
@@ -506,6 +538,24 @@ def test_a_half_written_view_is_an_error_that_says_what_to_do(filled, tmp_path, 
         f.truncate(500)
     assert main([*flags, '--experiment', 'half', '--teacher-cache', str(copy)]) == 1
     assert 'view-0001.safetensors: is cut off or damaged (500 bytes' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('views', ['1', '400'])  # complete, so that it is read; being filled
+def test_a_view_that_is_cut_off_while_a_run_uses_it_is_an_error_and_no_signal(filled, stable, tmp_path, views):
+    root, flags = filled
+    copy = shutil.copytree(root / 'cache', tmp_path / 'cache')
+    flags = [*flags, '--epochs', '400', '--output', str(tmp_path), '--teacher-cache-views', views]
+    victim = stable.start([*flags, '--teacher-cache', str(copy)], tmp_path / 'log')
+    deadline = time.monotonic() + 60
+    while 'student epoch 1/' not in victim.output():
+        assert time.monotonic() < deadline, victim.output()
+        time.sleep(0.02)
+    while 'error' not in victim.output() and time.monotonic() < deadline:
+        for view in copy.glob('view-*'):
+            os.truncate(view, 500)
+    assert victim.wait() == [1], victim.output()
+    assert 'safetensors: is cut off or damaged (500 bytes, ' in victim.output()
+    assert 'delete it to have it filled anew' in victim.output()
 
 
 def test_a_damaged_row_of_a_complete_cache_is_an_error_that_says_what_to_do(filled, tmp_path, capsys):

@@ -25,7 +25,7 @@ class UsageError(UserError):
 
 
 class SampleError(UserError):
-    """An image or label that cannot be read. Raised in a worker, for one process only."""
+    """An image, label or kept logit that cannot be read: known to one process (or its worker) only, which tells it."""
 
 
 class Stopped(Exception):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import SampleError, UserError
 
 try:
     import fcntl
@@ -41,10 +41,12 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._reader = self._writer = -1
         try:
-            with self.path.open('rb') as f:
-                (size,) = struct.unpack('<Q', f.read(8))
-                header = json.loads(f.read(size)) if size < 2**20 else {}
+            # not a memory map: where a file is cut off or a disk fails, that kills the process without a word
+            self._reader = os.open(self.path, os.O_RDONLY)
+            (size,) = struct.unpack('<Q', os.pread(self._reader, 8, 0))
+            header = json.loads(os.pread(self._reader, size, 8)) if size < 2**20 else {}
             self.length, self.width = header['logits']['shape']
             self.dtype = {name: dtype for dtype, name in _NAMES.items()}[header['logits']['dtype']]
             begin, end = header['logits']['data_offsets']
@@ -55,18 +57,10 @@ class Rows:
             raise UserError(f'{self.path}: cannot be read ({e.strerror})') from e
         except (KeyError, ValueError, TypeError, struct.error) as e:
             raise UserError(f'{self.path}: not a file of cached logits; delete it to have it filled anew') from e
-        there, expected = self.path.stat().st_size, 8 + size + end
-        if there != expected:
-            raise UserError(
-                f'{self.path}: is cut off or damaged ({there:,} bytes, {expected:,} expected); delete it to have it '
-                'filled anew'
-            )
         self.row_bytes = (end - begin) // max(self.length, 1)
-        self.start, self.crc_start = 8 + size + begin, 8 + size + crc_begin
-        self._file: int | None = None
-        data = np.memmap(self.path, np.uint8, 'r')
-        self.data = data[self.start :].reshape(self.length, self.row_bytes)
-        self.crcs = data[self.crc_start : self.crc_start + 4 * self.length].view('<u4')
+        self.start, self.crc_start, self.size = 8 + size + begin, 8 + size + crc_begin, 8 + size + end
+        self._check_size()
+        self._seen = np.zeros(self.length, '<u4')  # checksums as last read: most need not be read again
 
     @staticmethod
     def create(path: Path, length: int, width: int, dtype: torch.dtype) -> Rows:
@@ -102,24 +96,60 @@ class Rows:
 
     def filled(self) -> np.ndarray:
         """Which rows have been written, `[N]`, without looking whether they are whole."""
-        return self.crcs != 0
+        (sums,) = self._pread(4 * self.length, [self.crc_start])
+        self._seen = np.frombuffer(bytearray(sums), '<u4')
+        return self._seen != 0
 
     def damaged(self) -> list[int]:
         """Rows that are there and do not fit their checksum. Reads the whole file."""
-        return [i for i in np.flatnonzero(self.filled()).tolist() if _crc(self.data[i]) != self.crcs[i]]
+        return [i for i in np.flatnonzero(self.filled()).tolist() if _crc(self._rows([i])[0]) != self._seen[i]]
 
     def read(self, indices: np.ndarray) -> Tensor | None:
-        """Rows `[B, C]`, in the file's dtype, or None where one of them is not there."""
-        raw = self.data[indices]
-        if any(_crc(row) != crc for row, crc in zip(raw, self.crcs[indices].tolist())):
-            return None
+        """Rows `[B, C]`, in the file's dtype, or None where one of them is not there.
+
+        Raises:
+            SampleError: where the file cannot be read, or has been cut off meanwhile.
+        """
+        rows = self._rows(indices.tolist())
+        for index, row, seen in zip(indices.tolist(), rows, self._seen[indices].tolist()):
+            crc = _crc(row)
+            if crc != seen:  # perhaps it was written since
+                self._seen[index] = self._checksum(index)
+                if crc != self._seen[index]:
+                    return None
+        raw = np.frombuffer(bytearray().join(rows), np.uint8).reshape(len(rows), self.row_bytes)
         return torch.from_numpy(raw).view(self.dtype)
+
+    def _rows(self, indices: list[int]) -> list[bytes]:
+        return self._pread(self.row_bytes, [self.start + index * self.row_bytes for index in indices])
+
+    def _checksum(self, index: int) -> int:
+        return int.from_bytes(self._pread(4, [self.crc_start + 4 * index])[0], 'little')
+
+    def _pread(self, count: int, starts: list[int]) -> list[bytes]:
+        """So many bytes at each place."""
+        try:
+            found = [os.pread(self._reader, count, start) for start in starts]
+        except OSError as e:
+            raise SampleError(f'{self.path}: cannot be read ({e.strerror})') from e
+        if any(len(data) < count for data in found):
+            self._check_size(SampleError)
+        return found
+
+    def _check_size(self, kind: type[UserError] = UserError) -> None:
+        there = os.fstat(self._reader).st_size
+        if there != self.size:
+            raise kind(
+                f'{self.path}: is cut off or damaged ({there:,} bytes, {self.size:,} expected); delete it to have it '
+                'filled anew'
+            )
 
     def write(self, indices: np.ndarray, rows: Tensor) -> None:
         """Write rows `[B, C]`; those that are there, and whole, stay as they are.
 
         Raises:
             UserError: where they are not finite in the file's dtype, or the file cannot be written.
+            SampleError: where the file has been cut off meanwhile.
         """
         if not torch.isfinite(rows).all():
             raise UserError(
@@ -128,24 +158,26 @@ class Rows:
             )
         raw = rows.contiguous().view(torch.uint8).numpy()
         try:
-            if self._file is None:
-                self._file = os.open(self.path, os.O_WRONLY)
+            if self._writer < 0:
+                self._writer = os.open(self.path, os.O_WRONLY)
             if fcntl is not None:  # two runs with other batches may have other last bits: no row is of both
-                fcntl.lockf(self._file, fcntl.LOCK_EX)
+                fcntl.lockf(self._writer, fcntl.LOCK_EX)
+            self._check_size(SampleError)  # writing would make a file that was cut off long again
             for index, row in zip(indices.tolist(), raw):
-                if self.crcs[index] and _crc(self.data[index]) == self.crcs[index]:
+                if (crc := self._checksum(index)) and _crc(self._rows([index])[0]) == crc:
                     continue
-                os.pwrite(self._file, row, self.start + index * self.row_bytes)
-                os.pwrite(self._file, struct.pack('<I', _crc(row)), self.crc_start + 4 * index)
+                os.pwrite(self._writer, row, self.start + index * self.row_bytes)
+                os.pwrite(self._writer, struct.pack('<I', _crc(row)), self.crc_start + 4 * index)
         except OSError as e:
             raise UserError(f'--teacher-cache: {self.path} cannot be written ({e.strerror})') from e
         finally:
-            if fcntl is not None and self._file is not None:
-                fcntl.lockf(self._file, fcntl.LOCK_UN)
+            if fcntl is not None and self._writer >= 0:
+                fcntl.lockf(self._writer, fcntl.LOCK_UN)
 
     def __del__(self) -> None:
-        if getattr(self, '_file', None) is not None:
-            os.close(self._file)
+        for descriptor in (self._reader, self._writer):
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
@@ -169,7 +201,7 @@ def _put(part: Path, path: Path) -> None:
             part.replace(path)
 
 
-def _crc(row: np.ndarray) -> int:
+def _crc(row: bytes | np.ndarray) -> int:
     return zlib.crc32(row) or 1  # 0 stands for a row that is not there
 
 

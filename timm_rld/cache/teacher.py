@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import Config, to_yaml, write_whole
 from ..data import Source
 from ..data.replay import ReplayDataset
-from ..errors import UserError
+from ..errors import SampleError, UserError
 from ..guard import highest
 from ..pairing import Teacher, weights_digest
 from ..runs import main_first
@@ -265,7 +265,8 @@ class TeacherCache:
             `[B, C]`, float32, on the target's device.
 
         Raises:
-            UserError: where a row is damaged and there is no teacher to ask, or rows cannot be written.
+            SampleError: where a row is damaged and there is no teacher to ask.
+            UserError: where rows cannot be written.
         """
         rows, where = self._rows(self._view(self.view_of(epoch))), indices.numpy()
         found = rows.read(where)
@@ -274,7 +275,7 @@ class TeacherCache:
                 found = found.pin_memory()
             return found.to(target.device, non_blocking=True).float()
         if ask is None:
-            raise UserError(
+            raise SampleError(
                 f'{rows.path}: a row is missing or damaged, and the teacher was not loaded, as the cache seemed '
                 'complete; delete this file to have it filled anew '
                 f'(`timm-rld cache verify {self.folder}` lists what is damaged)'
