@@ -205,11 +205,11 @@ def evaluate(
     if any(highest(accelerator, interrupted())):
         raise Interrupted
     predicted = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64, device=device)
-    if loader.source.streamed:
+    if loader.declared is not None:
         seen = int(accelerator.reduce(torch.tensor(len(predicted), device=device), 'sum'))
-        if seen < loader.source.declared:
+        if seen < loader.declared:
             raise UserError(
-                f'--val-split {loader.source.split}: {seen} images were read, it declares {loader.source.declared}; '
+                f'--val-split {loader.source.split}: {seen} images were read, it declares {loader.declared}; '
                 'are files missing or damaged? (--val-num-samples N declares another number)'
             )
     metrics = dict(evaluator.compute(distributed=accelerator.num_processes > 1))

@@ -308,7 +308,7 @@ class _InMemory:
     """
 
     can_start_within = True
-    dataset = None
+    dataset = declared = None
 
     def __init__(
         self,

@@ -114,6 +114,11 @@ class Loader:
         return self.sampler is not None
 
     @property
+    def declared(self) -> int | None:
+        """How many images a streamed split declares to have; None of others, which cannot have fewer."""
+        return self.source.declared if self.source.streamed else None
+
+    @property
     def updates_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
         return -(-len(self) // self.accum)
