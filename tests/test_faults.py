@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,8 +21,11 @@ import torch
 
 from timm_rld import checkpoint
 from timm_rld.checkpoint import Checkpoints
+from timm_rld.errors import run_main
 from timm_rld.task import DistillationTask
 from train_distill import main
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -177,3 +183,49 @@ def test_paths_with_spaces_and_letters_of_all_alphabets_work(flags, tmp_path):
     assert main([*flags, '--output', str(output)]) == 0
     (output / 'run' / 'results.json').unlink()
     assert main(['--resume', str(output / 'run')]) == 0
+
+
+def command(*words: str, after: str = '', **env: str) -> subprocess.CompletedProcess:
+    """Run Python from a shell, which closes streams with what stands `after` it."""
+    env = dict(os.environ, HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT), **env)
+    line = f'{shlex.join([sys.executable, *words])} {after}'
+    return subprocess.run(line, shell=True, cwd=ROOT, env=env, capture_output=True, timeout=240)
+
+
+def test_a_run_whose_output_is_closed_trains_all_the_same(tiny, tmp_path):
+    done = command('train_distill.py', *tiny, '--workers', '1', after='<&- >&- 2>&-')
+    assert done.returncode == 0
+    assert json.loads((tmp_path / 'run' / 'results.json').read_text(encoding='utf-8'))['student_top1'] > 0
+    for file in (tmp_path / 'run').rglob('*.*'):  # nothing of what was printed went into a file that got its number
+        assert file.is_dir() or b'top-1' not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize('after', ['>&-', '2>&-', '<&- >&- 2>&-'])
+def test_the_tools_keep_their_exit_codes_where_their_output_is_closed(after):
+    assert command('-m', 'timm_rld', 'list', 'recipes', after=after).returncode == 0
+    assert command('-m', 'timm_rld', 'list', 'recipe', after=after).returncode == 2
+
+
+def test_names_of_all_alphabets_come_through_a_locale_that_knows_ascii_alone(folder, tiny, tmp_path):
+    data = shutil.copytree(folder, tmp_path / 'data')
+    for split in ('train', 'validation'):
+        (data / split / 'pear').rename(data / split / 'Груша')
+    (tmp_path / 'classes.txt').write_text('plum\nГруша\napple\n', encoding='utf-8')
+    argv = [*tiny, '--data-dir', str(data), '--class-map', str(tmp_path / 'classes.txt'),
+            '--output', str(tmp_path / 'Ausgänge')]  # fmt: skip
+    done = command('train_distill.py', *argv, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    assert done.returncode == 0, done.stderr.decode()
+    run = tmp_path / 'Ausgänge' / 'run'
+    found = json.loads((run / 'student' / 'config.json').read_text(encoding='utf-8'))
+    assert found['label_names'] == ['plum', 'Груша', 'apple']
+    assert '--class-map' in json.loads((run / 'results.json').read_text(encoding='utf-8'))['command']
+    (run / 'results.json').unlink()
+    assert main(['--resume', str(run)]) == 0, 'the same data, in whatever locale'
+
+
+def test_a_character_that_the_terminal_does_not_know_is_escaped(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), 'ascii')
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    assert run_main(lambda: print('a → я'), 'test', False) == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue() == rb'a \u2192 \u044f' + b'\n'

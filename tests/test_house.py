@@ -47,7 +47,7 @@ def imports_of(path: Path) -> set[str]:
     """Rooms of timm_rld that a module imports, wherever in it."""
     package = path.relative_to(ROOT).parts[:-1]
     rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             full = [*base, *(node.module or '').split('.')] if node.module else list(base)

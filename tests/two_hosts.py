@@ -57,8 +57,8 @@ def launch(rank: int, argv: list[str], log: Path) -> subprocess.Popen:
         '--num_machines', '2', '--num_processes', '2', '--machine_rank', str(rank),
         '--main_process_ip', HOSTS['rldhost0'], '--main_process_port', '29555', 'train_distill.py', *argv,
     ]  # fmt: skip
-    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=log.open('w'), stderr=subprocess.STDOUT,
-                            start_new_session=True)  # fmt: skip
+    with log.open('w', encoding='utf-8') as f:
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def both(argv: list[str], folder: Path, name: str) -> list[subprocess.Popen]:

@@ -456,9 +456,10 @@ def find_recipe(path: str) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, whenever the process or the machine stops."""
+    """Write a text file whole or not at all, whenever the process or the machine stops. Bytes of a file's name that are
+    no text are escaped, as JSON reads them."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    with part.open('w', encoding='utf-8') as f:
+    with part.open('w', encoding='utf-8', errors='backslashreplace') as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

@@ -64,6 +64,20 @@ def _ignore_further_workers() -> None:
             continue
 
 
+def _open_streams() -> None:
+    """See to it that printing never fails a program: stdout and stderr that were closed lead nowhere, and a character
+    that their encoding does not have is escaped."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file of ours would get the number, and
+        os.set_inheritable(descriptor, True)  # what a library or another program prints
+    os.close(descriptor)
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
+        elif hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+
+
 def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
     """Run a command-line program; turn exceptions into one or two lines on stderr.
 
@@ -73,6 +87,7 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
         The exit code: 0; a :class:`UserError`'s own; 1 for any other failure; 130 when interrupted.
     """
     rank = int(os.environ.get('RANK', 0))
+    _open_streams()
     try:
         program()
         return 0

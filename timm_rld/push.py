@@ -262,7 +262,7 @@ def write_files(
     section = card_section(run, repo_id, weights, curve is not None)
     texts['README.md'] = merge_card(existing_card, card_header(run, repo_id, license, weights), section)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding='utf-8')
+        (folder / name).write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
 def _read_card(api: Any, repo_id: str, folder: Path) -> str | None:

@@ -237,9 +237,10 @@ def measure(
 def _peak_memory(pid: int) -> int | None:
     """Bytes, as Linux counts them."""
     try:
-        found = re.search(r'^VmHWM:\s+(\d+) kB', Path(f'/proc/{pid}/status').read_text(), re.MULTILINE)
+        status = Path(f'/proc/{pid}/status').read_text(encoding='utf-8', errors='replace')
     except OSError:
         return None
+    found = re.search(r'^VmHWM:\s+(\d+) kB', status, re.MULTILINE)
     return 1024 * int(found[1]) if found else None
 
 

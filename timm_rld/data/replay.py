@@ -118,7 +118,7 @@ class ReplayDataset(Dataset):
     def _replacement(self, epoch: int, index: int, error: SampleError) -> tuple[Any, int]:
         """Another image, drawn by (seed, epoch, index); a line in the list says so."""
         line = f'epoch {epoch}: {" ".join(str(error).split())}\n'
-        with self.bad_images.open('a', encoding='utf-8') as f:  # short lines at the end of a file stay whole
+        with self.bad_images.open('a', encoding='utf-8', errors='backslashreplace') as f:  # short lines stay whole
             f.write(line)
         generator = np.random.default_rng(derive_seed(REPLACEMENT, self.seed or 0, epoch, index))
         for other in generator.integers(len(self), size=100).tolist():

@@ -65,7 +65,7 @@ class Source:
         if samples is not None and len(samples) and isinstance(samples[0][0], str):
             start = len(str(reader.root))
             for path, target in samples:
-                digest.update(f'{path[start:]}\0{target}\n'.encode())
+                digest.update(f'{path[start:]}\0{target}\n'.encode('utf-8', 'surrogateescape'))
         elif not self.streamed and hasattr(columns, 'unique') and reader.label_key in columns.column_names:
             digest.update(repr(list(columns[reader.label_key])).encode())
         return digest.hexdigest()[:12]
@@ -176,7 +176,9 @@ def open_split(
         root = _find_split(data_dir, split, flag)
         kwargs['search_split'] = False
     if class_map is not None:
-        _check_class_map(class_map, root)
+        names = _read_class_map(class_map, root)
+        if not kind:  # as the system names the folders
+            kwargs['class_map'] = {os.fsdecode(name.encode()): i for i, name in enumerate(names)}
     if kind in ('hfds', 'hfids'):
         _quiet_datasets()
         path = os.path.expanduser(rest)
@@ -277,8 +279,8 @@ def _find_split(root: str, split: str, flag: str) -> str:
     raise UserError(f'{flag} {split!r}: no such folder in --data-dir {root} (there: {listed})')
 
 
-def _check_class_map(path: str, root: str | None) -> None:
-    """timm reads a name a line; a blank or repeated line would move the indices of the others."""
+def _read_class_map(path: str, root: str | None) -> list[str]:
+    """A name a line, as timm reads it; a blank or repeated line would move the indices of the others."""
     file = path if os.path.exists(path) else os.path.join(root or '', path)
     if not os.path.isfile(file) or not path.endswith('.txt'):
         raise UserError(f'--class-map {path}: expected a .txt file with a class name a line')
@@ -286,6 +288,7 @@ def _check_class_map(path: str, root: str | None) -> None:
     for i, name in enumerate(names):
         if not name or name in names[:i]:
             raise UserError(f'--class-map {path}: line {i + 1} is {"written twice" if name else "blank"}')
+    return names
 
 
 def _check_folders(reader: Any, name: str) -> None:
@@ -371,6 +374,11 @@ def _has_image(reader: Any) -> Any:
     return pc.or_(*(pc.is_valid(pc.struct_field(column, part)) for part in ('bytes', 'path')))
 
 
+def _readable(name: str) -> str:
+    """A folder's name as text. Where the locale knows ASCII alone, Python gives its bytes in place of other letters."""
+    return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+
+
 def _read_classes(source: Source, name: str, flag: str, target_key: str, num_classes: int | None) -> None:
     """Fill in the class names and their number, and check the labels where that costs nothing."""
     reader = getattr(source.dataset, 'reader', None)
@@ -406,7 +414,7 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
             raise UserError(f'{flag} {source.split}: label {min(labels)} found; this split has no labels to use')
     if mapping:
         source.num_classes = max(mapping.values()) + 1
-        by_index = {i: str(n) for n, i in mapping.items()}
+        by_index = {i: _readable(str(n)) for n, i in mapping.items()}
         if len(by_index) == source.num_classes:
             source.class_names = [by_index[i] for i in range(source.num_classes)]
     elif getattr(source.dataset, 'classes', None):
