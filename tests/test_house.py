@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import time
@@ -23,18 +24,18 @@ FLOORS = {
     'models': set(),
     'data': {'errors', 'hub'},
     'fold': set(),
-    'pairing': {'errors', 'fold', 'hub'},
+    'pairing': {'errors', 'fold', 'hub', 'models'},
     'cache': {'errors', 'config', 'data', 'guard', 'pairing', 'runs'},
     'task': {'cache', 'data', 'pairing', 'loss'},
     'runs': {'config', 'errors'},
     'guard': {'errors'},
     'checkpoint': {'runs', 'errors'},
     'engine': {'cache', 'checkpoint', 'guard', 'task', 'data', 'pairing', 'runs', 'config', 'errors'},
-    'bench': {'cache', 'config', 'data', 'engine', 'errors', 'hub', 'loss', 'pairing', 'runs', 'task'},
+    'bench': {'cache', 'config', 'data', 'engine', 'errors', 'hub', 'loss', 'models', 'pairing', 'runs', 'task'},
     'report': {'errors'},
     'push': {'report', 'hub', 'errors'},
     'compare': {'config', 'errors', 'loss'},
-    '__main__': {'bench', 'cache', 'compare', 'push', 'report', 'config', 'errors', 'loss'},
+    '__main__': {'bench', 'cache', 'compare', 'push', 'report', 'config', 'errors', 'loss', 'models'},
     '__init__': {'models', 'loss', 'pairing', 'task', 'data', 'hub', 'errors'},
 }
 
@@ -87,6 +88,31 @@ def test_importing_the_package_loads_timm_and_nothing_else_that_is_heavy(names):
     what = f'from timm_rld import {names}' if names else 'import timm_rld'
     heavy = "print(*[m for m in ('datasets', 'accelerate', 'matplotlib', 'timm') if m in sys.modules])"
     assert timed(f'import sys; {what}; {heavy}')[1].split() == ['timm']
+
+
+def started_with(*words: str, path: Path = ROOT) -> tuple[str, set[str]]:
+    """What a Python program prints, and the names of all that it imports."""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(path), str(ROOT)]))
+    done = subprocess.run([sys.executable, '-X', 'importtime', *words], capture_output=True, text=True, check=True,
+                          cwd=path, env=env)  # fmt: skip
+    return done.stdout, {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_a_verb_that_needs_no_network_loads_neither_torch_nor_timm(tmp_path):
+    script = tmp_path / 'timm-rld'  # as pip makes it
+    script.write_text('import sys\nfrom timm_rld.__main__ import cli\nsys.exit(cli())\n')
+    for program in (['-m', 'timm_rld'], [str(script)]):
+        said, imported = started_with(*program, 'list', 'recipes')
+        assert 'quickstart.yaml' in said and 'timm_rld.config' in imported and not {'torch', 'timm'} & imported
+
+
+def test_the_networks_are_registered_wherever_else_the_package_is_imported(tmp_path):
+    assert started_with('-m', 'timm_rld', 'list', 'models', 'cifar_resnet8')[0].split()[0] == 'cifar_resnet8'
+    package = tmp_path / 'other'
+    package.mkdir()
+    (package / '__init__.py').write_text('import timm_rld\n')
+    (package / '__main__.py').write_text("import timm\nprint(timm.is_model('cifar_resnet8'))\n")
+    assert started_with('-m', 'other', path=tmp_path)[0].split() == ['True']
 
 
 def test_help_takes_at_most_half_a_second_more_than_importing_timm():

@@ -1,13 +1,14 @@
 """Refined logit distillation for timm.
 
 Importing this registers the CIFAR networks with timm (`cifar_…`), and costs little more than `import timm`: each public
-name loads its room when first used.
+name loads its room when first used. (The command line, `timm-rld`, registers them where a verb needs them.)
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import Any
 
 # Before torch loads: a thread of GNU OpenMP that waits spins a hundredth as long before it sleeps. On idle cores that
@@ -16,7 +17,17 @@ SPINCOUNT = '3000'
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', SPINCOUNT)
 
-from . import models as models  # noqa: E402
+
+def _is_command_line() -> bool:
+    """Whether this process is `timm-rld VERB` or `python -m timm_rld VERB`, of which few need timm or torch."""
+    program = sys.argv[0] if getattr(sys, 'argv', None) else ''
+    if program == '-m':  # which it is while Python looks for a module to run, of whatever package
+        return ('-m', __name__) in zip(sys.orig_argv, sys.orig_argv[1:])
+    return os.path.basename(program).removesuffix('.exe') == 'timm-rld'
+
+
+if not _is_command_line():
+    from . import models as models
 
 __version__ = '0.1.0'
 

@@ -19,6 +19,8 @@ def list_things(what: str, pattern: str) -> None:
     elif what == 'models':
         from timm import list_models
 
+        from . import models  # noqa: F401  (in timm's registry)
+
         print('\n'.join(list_models(f'*{pattern}*' if pattern and '*' not in pattern else pattern)))
     else:
         for path, first_line in list_recipes():

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import models as _models  # noqa: F401  (in timm's registry)
 from .errors import UserError, did_you_mean, is_not_plain
 from .fold import fold_batch_norms
 from .hub import hub_in_reach

@@ -29,6 +29,7 @@ import torch
 
 import timm_rld
 
+from .. import models  # noqa: F401  (in timm's registry)
 from ..config import cores
 from ..errors import Stopped, UsageError, UserError, did_you_mean
 from ..hub import export_model
