@@ -115,6 +115,20 @@ def test_under_autocast_the_teachers_head_works_in_float32(trained_teacher):
     assert torch.allclose(logits, teacher(PIXELS), atol=0.1)
 
 
+@pytest.mark.parametrize('name', ['crossvit_tiny_240', 'efficientvim_m1'])
+def test_the_head_of_a_teacher_whose_features_are_a_list_works_in_float32_too(name):
+    teacher = Teacher(timm.create_model(name, num_classes=5))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))  # heads may begin at zero
+        with torch.autocast('cpu', torch.bfloat16):
+            logits, features = teacher(PIXELS), teacher.model.forward_features(teacher.view(PIXELS))
+        assert isinstance(features, list) and len(features) > 1
+        expected = teacher.model.forward_head([f.float() for f in features])
+    assert logits.dtype == torch.float32 and torch.equal(logits, expected)
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
 # ---------------------------------------------------------------------------------------------------- weights and heads
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import models as _models  # noqa: F401  (in timm's registry)
 from .errors import UserError, did_you_mean, is_not_plain
@@ -148,11 +149,13 @@ class Teacher(nn.Module):
         """Under autocast the head still works in float32: rounded logits tie, and ties change what RLD masks."""
         if not torch.is_autocast_enabled(x.device.type) or not hasattr(self.model, 'forward_head'):
             return self.model(x)
-        features = self.model.forward_features(x)
-        if not isinstance(features, Tensor):
-            return self.model(x)
+        features = self.model.forward_features(x)  # of some networks a list
         with torch.autocast(x.device.type, enabled=False):
-            return self.model.forward_head(features.float())
+            return self.model.forward_head(tree_map(_to_float32, features))
+
+
+def _to_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def input_view(
