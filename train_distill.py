@@ -22,10 +22,9 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     """Train as the settings say. Returns what results.json holds, and the run folder as `run`."""
     from accelerate.utils import set_seed
 
-    from timm_rld import data, engine, pairing, push, runs
+    from timm_rld import data, engine, hub, pairing, push, runs
     from timm_rld.cache import TeacherCache
     from timm_rld.checkpoint import Checkpoints
-    from timm_rld.hub import export_model
     from timm_rld.loss import choose_criterion
     from timm_rld.task import DistillationTask
 
@@ -59,6 +58,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         student_kwargs={'drop_rate': config.drop, 'drop_path_rate': config.drop_path, **config.model_kwargs},
         needs_teacher=cache and cache.needs_teacher, **config.pick(*pairing.PAIR_SETTINGS),
     )  # fmt: skip
+    runs.main_only(accelerator, functools.partial(pairing.check_exports, pair, fit_teacher))
     student, teacher = pair.student, pair.teacher
     trained = [student, teacher] if fit_teacher else [student]
     train_loader, val_loader = data.create_loaders(
@@ -103,7 +103,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             model.load_state_dict(task.trainable_module_ema.module.state_dict())
         teacher.requires_grad_(False).eval()
         if accelerator.is_main_process:
-            export_model(model, fitted.parent, data_config=pair.teacher_data_config, label_names=class_names)
+            hub.export_model(model, fitted.parent, data_config=pair.teacher_data_config, label_names=class_names)
             runs.seal_teacher(run_folder, fitted)
     top1, reference, digest = judge(fitted) if fit_teacher else judged
 
@@ -121,7 +121,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         warmup_epochs=config.distill_warmup_epochs,
         **config.pick('task_loss_weight', 'distill_loss_weight', 'smoothing'),
     )  # fmt: skip
-    export = functools.partial(export_model, data_config=pair.data_config, label_names=class_names)
+    export = functools.partial(hub.export_model, data_config=pair.data_config, label_names=class_names)
     if config.push_to_hub and accelerator.is_main_process:
         settings = config.pick('hub_strategy', *push.SETTINGS)
         checkpoints.on_epoch_end = push.BackgroundPush(run_folder, results, student, export, say, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import time
@@ -9,9 +10,12 @@ import time
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
+from timm.models import _registry, register_model
 
 from timm_rld import export_model, hub
+from timm_rld.hub import check_export
 
 CONFIG = dict(
     input_size=(3, 48, 48), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation='bilinear', crop_pct=0.9,
@@ -52,6 +56,90 @@ def test_the_readme_of_a_folder_of_any_name_is_python_that_loads_it(tmp_path):
     code = readme.partition('```python\n')[2].rpartition('\n```')[0]
     strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
     assert f'local-dir:path/to/{name}' in strings and '\n```' not in code
+
+
+class Versioned(torch.nn.Linear):
+    def get_extra_state(self):
+        return {'version': 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.fixture
+def odd_networks(monkeypatch):
+    """In timm's registry: `shared_vit`, which uses weights twice; `extra_resnet`, whose state is not tensors alone;
+    `random_resnet`, which is another one each time that it is built."""
+    for name in ('_model_entrypoints', '_model_to_module', '_module_to_models'):
+        monkeypatch.setattr(_registry, name, copy.deepcopy(getattr(_registry, name)))
+
+    def made(base: str, name: str, pretrained: bool, **kwargs):
+        model = timm.create_model(base, pretrained, **kwargs)
+        model.pretrained_cfg['architecture'] = name
+        return model
+
+    @register_model
+    def shared_vit(pretrained=False, **kwargs):
+        model = made('test_vit', 'shared_vit', pretrained, **kwargs)
+        model.blocks[1].mlp = model.blocks[0].mlp
+        return model
+
+    @register_model
+    def extra_resnet(pretrained=False, **kwargs):
+        model = made('test_resnet', 'extra_resnet', pretrained, **kwargs)
+        model.fc.__class__ = Versioned
+        return model
+
+    @register_model
+    def random_resnet(pretrained=False, **kwargs):
+        model, noise = made('test_resnet', 'random_resnet', pretrained, **kwargs), torch.randn(())
+        model.fc.register_forward_hook(lambda module, args, output: output + noise)
+        return model
+
+
+def test_a_student_that_uses_weights_twice_is_trained_and_exported(odd_networks, tiny, tmp_path):
+    from train_distill import main
+
+    argv = [*tiny, '--student', 'shared_vit', '--distill', 'none', '--model-ema']
+    assert main(argv) == 0
+    checkpoint = tmp_path / 'run' / 'checkpoints' / 'student-epoch0002-end'
+    for name, weights in (('student', 'model'), ('student_ema', 'ema')):
+        exported = timm.create_model(f'local-dir:{tmp_path / "run" / name}', pretrained=True).eval()
+        assert exported.blocks[1].mlp.fc1.weight is exported.blocks[0].mlp.fc1.weight
+        model = timm.create_model('shared_vit', num_classes=3).eval()
+        model.load_state_dict(load_file(checkpoint / f'{weights}.safetensors'))
+        x = torch.randn(2, 3, 32, 32)
+        assert torch.equal(exported(x), model(x))
+
+
+def test_coat_is_exported_and_stays_as_it_was(tmp_path):
+    model = timm.create_model('coat_tiny', num_classes=3, img_size=32).to(memory_format=torch.channels_last).eval()
+    config = dict(CONFIG, input_size=(3, 32, 32))
+    again = timm.create_model(f'local-dir:{export_model(model, tmp_path / "m", data_config=config)}', pretrained=True)
+    assert model.cpe1.proj.weight is model.serial_blocks1[0].cpe.proj.weight
+    assert model.patch_embed1.proj.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.state_dict()['cpe1.proj.weight'].data_ptr() == model.cpe1.proj.weight.data_ptr()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(x), model.to(memory_format=torch.contiguous_format)(x))
+
+
+@pytest.mark.parametrize(
+    ('name', 'why'), [('extra_resnet', 'Key `fc._extra_state` is invalid'), ('random_resnet', 'it is another network')]
+)
+def test_a_network_that_cannot_be_exported_is_refused_before_training(name, why, odd_networks, tiny, tmp_path, capsys):
+    from train_distill import main
+
+    for flag in ('--student', '--teacher'):
+        assert main([*tiny, flag, name]) == 1
+        err = capsys.readouterr().err
+        assert f'error: {flag}: {name} cannot be exported and loaded again as a timm folder ({why}' in err
+        assert err.count('\n') == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_trial_of_an_export_changes_nothing():
+    model, state = timm.create_model('test_resnet', num_classes=4).train(), torch.get_rng_state()
+    check_export(model, '--student', CONFIG)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_export_that_fails_leaves_what_was_there(tmp_path):

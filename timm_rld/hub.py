@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .errors import UserError
 
 PROBE_SECONDS = 3.0
 
@@ -72,7 +75,7 @@ def export_model(
     (tag, origin, papers, license, test size and crop) is left out or overwritten.
 
     Args:
-        model: a timm model, unwrapped. Channels-last weights are made contiguous in place.
+        model: a timm model, unwrapped.
         folder: is replaced if it exists.
         data_config: preprocessing used in validation: input_size, mean, std, interpolation, crop_pct, crop_mode.
         label_names: class names by index.
@@ -85,7 +88,7 @@ def export_model(
     folder = Path(folder)
     parts = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
     data_config = dict(data_config, test_input_size=data_config['input_size'], test_crop_pct=data_config['crop_pct'])
-    model.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    hook = model.register_state_dict_post_hook(_separate)
     try:
         save_for_hf(
             model,
@@ -104,8 +107,53 @@ def export_model(
             shutil.rmtree(folder)
         parts.rename(folder)
     finally:
+        hook.remove()
         shutil.rmtree(parts, ignore_errors=True)
     return folder
+
+
+def _separate(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    """Give each tensor of a state dict contiguous memory of its own, as safetensors asks: some networks (coat) use the
+    same weights in several places, and in training they may lie channels-last."""
+    seen = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        value = value.contiguous()
+        shared = value.untyped_storage().data_ptr() in seen
+        seen.add(value.untyped_storage().data_ptr())
+        state[name] = value.clone() if shared else value
+
+
+def check_export(model: nn.Module, flag: str, data_config: dict[str, Any]) -> None:
+    """Export a model into a temporary folder and load it again, before hours are spent on training it.
+
+    Args:
+        flag: that named the model.
+        data_config: as in :func:`export_model`.
+
+    Raises:
+        UserError: where it cannot be exported, or does not come back as the same network.
+    """
+    from timm import create_model
+
+    refused = f'{flag}: {model.pretrained_cfg["architecture"]} cannot be exported and loaded again as a timm folder'
+    training, x = model.training, torch.rand(1, *data_config['input_size'], generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory(prefix='timm_rld-') as parent, torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            folder = export_model(model, Path(parent) / 'model', data_config=data_config)
+            again = create_model(f'local-dir:{folder}', pretrained=True).eval()
+            same = all(torch.equal(*pair) for pair in zip(model.state_dict().values(), again.state_dict().values()))
+            same = same and torch.allclose(model.eval()(x), again(x), rtol=1e-3, atol=1e-3, equal_nan=True)
+        except OSError:  # no room for a trial: that says nothing of the network
+            return
+        except Exception as e:
+            why = str(e).strip().partition('\n')[0][:200] or type(e).__name__
+            raise UserError(f'{refused} ({why}); take another architecture') from e
+        finally:
+            model.train(training)
+    if not same:
+        raise UserError(f'{refused} (it is another network then); take another architecture')
 
 
 def _how_to_load(model: nn.Module, folder: str) -> str:

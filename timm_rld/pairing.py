@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from . import models as _models  # noqa: F401  (in timm's registry)
 from .errors import UserError, did_you_mean, is_not_plain
 from .fold import fold_batch_norms
-from .hub import hub_in_reach
+from .hub import check_export, hub_in_reach
 
 Floats = Sequence[float]
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -759,6 +759,17 @@ def create_pair(
             view_size=tuple(pair.data_config['input_size'][-2:]), mean=teacher_mean, std=teacher_std,
         )  # fmt: skip
     return pair
+
+
+def check_exports(pair: Pair, teacher_too: bool) -> None:
+    """Try the export of what will be trained: the student, and perhaps the teacher.
+
+    Raises:
+        UserError: where one cannot be exported.
+    """
+    check_export(pair.student, '--student', pair.data_config)
+    if teacher_too:
+        check_export(pair.teacher.model, '--teacher', pair.teacher_data_config)
 
 
 def least_teacher_accuracy(num_classes: int) -> float:
