@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+import train_distill
 from timm_rld import checkpoint
 from timm_rld.checkpoint import Checkpoints
 from timm_rld.errors import run_main
@@ -229,3 +230,10 @@ def test_a_character_that_the_terminal_does_not_know_is_escaped(monkeypatch):
     assert run_main(lambda: print('a → я'), 'test', False) == 0
     terminal.flush()
     assert terminal.buffer.getvalue() == rb'a \u2192 \u044f' + b'\n'
+
+
+def test_a_run_with_a_cache_closes_what_it_opens(flags, tmp_path):
+    argv = [*flags, '--epochs', '1', '--workers', '1', '--teacher-cache', str(tmp_path / 'cache')]
+    env = dict(os.environ, PYTHONWARNINGS='error::ResourceWarning')
+    done = subprocess.run([sys.executable, train_distill.__file__, *argv], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and 'ResourceWarning' not in done.stderr, done.stderr

@@ -179,4 +179,5 @@ def test_any_answer_of_the_hub_counts_as_in_reach(monkeypatch):
     hub.hub_in_reach.cache_clear()
     assert hub.hub_in_reach() and not constants.HF_HUB_OFFLINE
     server.shutdown()
+    server.server_close()
     hub.hub_in_reach.cache_clear()

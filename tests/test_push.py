@@ -312,6 +312,23 @@ def test_pushes_while_training_goes_on_are_a_commit_each(
     )
 
 
+def test_pushes_while_training_goes_on_leave_no_folder_behind_and_no_warning(tmp_path):
+    (tmp_path / 'args.yaml').write_text('epochs: 1')
+    code = f"""
+from pathlib import Path
+from timm_rld.push import BackgroundPush
+settings = dict(hub_strategy='best', hub_model_id='me/x', hub_private_repo=False, hub_license='mit', hub_weights='last')
+def export(student, folder):
+    assert folder.parent.is_dir()
+    print(folder.parent)
+    return folder
+push = BackgroundPush(Path({str(tmp_path)!r}), {{}}, None, export, print, **settings)
+"""
+    command = [sys.executable, '-W', 'error::ResourceWarning', '-c', code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, '') and not Path(done.stdout.strip()).exists()
+
+
 def test_a_cifar_network_asks_for_timm_rld_first(hub, folder, tmp_path):
     assert main([
         '--teacher', 'test_resnet', '--student', 'cifar_resnet8', '--data-dir', str(folder), '--distill', 'none',

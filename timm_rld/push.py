@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -169,8 +170,9 @@ class BackgroundPush:
         self.run, self.repo_id, self.results = run, hub_model_id, results
         self.strategy, self.license, self.say = hub_strategy, hub_license, say
         self.weights = 'ema' if hub_weights == 'ema' else 'last'
-        self.temporary = tempfile.TemporaryDirectory(prefix='timm_rld-push-')
-        self.config = export(student, Path(self.temporary.name) / 'student') / 'config.json'
+        self.temporary = tempfile.mkdtemp(prefix='timm_rld-push-')
+        weakref.finalize(self, shutil.rmtree, self.temporary, ignore_errors=True)  # at the latest when Python ends
+        self.config = export(student, Path(self.temporary) / 'student') / 'config.json'
         self.settings = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
         self.waiting: tuple[RunFiles, Path] | None = None
         self.pushing = False
@@ -185,7 +187,7 @@ class BackgroundPush:
         if self.strategy == 'end' or (self.strategy == 'best' and not best):
             return
         try:
-            file = Path(tempfile.mkdtemp(dir=self.temporary.name)) / 'model.safetensors'
+            file = Path(tempfile.mkdtemp(dir=self.temporary)) / 'model.safetensors'
             shutil.copyfile(checkpoint / ('ema.safetensors' if self.weights == 'ema' else 'model.safetensors'), file)
         except OSError as e:  # a full temporary folder must not stop the training
             self.say(f'note: epoch {history[-1]["epoch"]:.0f} is not pushed ({e.strerror})')

@@ -66,7 +66,6 @@ _HARMLESS = {
     'checkpoint_hist', 'skip_nonfinite', 'on_bad_image', 'min_teacher_acc', 'dataset_download', 'push_to_hub',
     'hub_model_id', 'hub_private_repo', 'hub_license', 'hub_weights', 'hub_strategy', 'teacher_cache',
 }  # fmt: skip
-_LOCKS: dict[Path, Any] = {}  # open for as long as the process lives
 
 
 def open_run(config: Config, accelerator: Accelerator, train: Any, val: Any) -> Path:
@@ -137,22 +136,21 @@ def _digest_of(settings: dict[str, Any]) -> str:
 
 
 def _lock(folder: Path) -> None:
-    """Hold the folder for this process; the kernel frees it when the process ends, however it ends."""
+    """Hold the folder for as long as this process lives: the file stays open, and the kernel closes it, however the
+    process ends."""
     try:
         import fcntl
     except ImportError:  # Windows has none
         return
-    file = (folder / '.lock').open('a+', encoding='utf-8')
+    lock = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        file.seek(0)
-        raise UserError(f'{folder}: in use by {file.read().strip() or "another process"}') from e
-    file.seek(0)
-    file.truncate()
-    file.write(f'process {os.getpid()} on {platform.node()}\n')
-    file.flush()
-    _LOCKS[folder.resolve()] = file
+        holder = os.read(lock, 1000).decode(errors='replace').strip() or 'another process'
+        os.close(lock)
+        raise UserError(f'{folder}: in use by {holder}') from e
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f'process {os.getpid()} on {platform.node()}\n'.encode(), 0)
 
 
 def _check_same(folder: Path, config: Config, facts: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class TeacherCache:
         self.complete = self.validated = False
         self.body: dict[str, Any] | None = None
         self._open: dict[str, Rows] = {}
-        self._held: Any = None
+        self._held: int | None = None
         self._pending: list[tuple[torch.cuda.Event, Rows, np.ndarray, Tensor]] = []
 
     # ------------------------------------------------------------------------------------------------------- opening
@@ -177,9 +178,10 @@ class TeacherCache:
         if fcntl is None:
             return True
         try:
-            self._held = (self.folder / '.lock').open('a')
+            self._held = os.open(self.folder / '.lock', os.O_WRONLY | os.O_CREAT, 0o666)
         except OSError:  # a folder to read from
             return False
+        weakref.finalize(self, os.close, self._held)
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True

@@ -115,8 +115,8 @@ class Loader:
 
     @property
     def declared(self) -> int | None:
-        """How many images a streamed split declares to have; None of others, which cannot have fewer."""
-        return self.source.declared if self.source.streamed else None
+        """Images that a streamed split says it holds, whoever reads them; None where they can be counted."""
+        return self.source.declared
 
     @property
     def updates_per_epoch(self) -> int:

@@ -52,9 +52,9 @@ class Source:
         return len(self.dataset)
 
     @property
-    def declared(self) -> int:
-        """Images that the split says it holds, whoever reads them."""
-        return self.dataset.reader.num_samples if self.streamed else len(self)
+    def declared(self) -> int | None:
+        """Images that a streamed split says it holds, whoever reads them; None where they can be counted."""
+        return self.dataset.reader.num_samples if self.streamed else None
 
     def digest(self) -> str:
         """A short digest of what the split holds, as far as it can be told without reading images: file names and
