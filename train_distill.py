@@ -71,6 +71,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     judge = functools.partial(engine.judge_teacher, pair, val_loader, accelerator, config, num_classes, cache)
     judged = judge() if config.teacher is not None and not fit_teacher else (None, None, None)
     run_folder = runs.open_run(config, accelerator, train_split, val_split)
+    save = functools.partial(runs.main_saves, accelerator, run_folder)
     checkpoints = Checkpoints(run_folder / 'checkpoints', config.checkpoint_hist, say)
     checkpoints.prepare(config.resume, accelerator)
     if config.on_bad_image == 'skip':
@@ -83,8 +84,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         return engine.fit(task, train_loader, val_loader, accelerator, settings, **where, **kwargs)
 
     def finish(results: dict[str, Any]) -> dict[str, Any]:
-        if accelerator.is_main_process:
-            runs.write_results(run_folder, results)
+        save(runs.write_results, run_folder, results)
         accelerator.end_training()
         say(f'{run_folder}: {runs.in_a_line(results)}')
         if config.push_to_hub and accelerator.is_main_process and config.epochs:
@@ -102,9 +102,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         if task.has_ema():
             model.load_state_dict(task.trainable_module_ema.module.state_dict())
         teacher.requires_grad_(False).eval()
-        if accelerator.is_main_process:
-            hub.export_model(model, fitted.parent, data_config=pair.teacher_data_config, label_names=class_names)
-            runs.seal_teacher(run_folder, fitted)
+        save(hub.export_model, model, fitted.parent, data_config=pair.teacher_data_config, label_names=class_names)
+        save(runs.seal_teacher, run_folder, fitted)
     top1, reference, digest = judge(fitted) if fit_teacher else judged
 
     results = dict(
@@ -128,10 +127,9 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     history = fit(task, config, 'summary.csv', reference=reference)
 
     # ---- export
-    if accelerator.is_main_process:
-        export(student, run_folder / 'student')
-        if task.has_ema():
-            export(task.trainable_module_ema.module, run_folder / 'student_ema')
+    save(export, student, run_folder / 'student')
+    if task.has_ema():
+        save(export, task.trainable_module_ema.module, run_folder / 'student_ema')
     return finish({**results, **runs.outcome(history)})
 
 

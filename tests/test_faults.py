@@ -18,9 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import train_distill
-from timm_rld import checkpoint
+from timm_rld import checkpoint, runs
 from timm_rld.checkpoint import Checkpoints
 from timm_rld.errors import run_main
 from timm_rld.task import DistillationTask
@@ -98,22 +99,74 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays_whole(flags, tmp_p
     assert main(flags) == 1
     error = capsys.readouterr().err
     assert f'{tmp_path / "run" / "checkpoints"}: a checkpoint cannot be written (No space left on device)' in error
+    assert f'make room, then train_distill.py --resume {tmp_path / "run"} goes on: the one before is whole' in error
     assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['student-epoch0001-end']
     assert Checkpoints(tmp_path / 'run' / 'checkpoints').newest('student').position.epoch == 1
 
 
-def test_a_full_tmpfs_is_named(stable, flags, tmp_path):
+@pytest.mark.parametrize(
+    ('size', 'what', 'then'),
+    [
+        ('8k', '', ''),  # not even the settings
+        ('64k', '/checkpoints: a checkpoint', 'begins anew: there is none before it'),
+        ('4m', '/student', 'goes on'),  # the only checkpoint takes 3 MB, the student 1.5
+    ],
+)
+def test_a_full_disk_is_named_with_the_way_to_go_on(stable, flags, tmp_path, size, what, then):
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', disk], capture_output=True).returncode:
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', disk], capture_output=True).returncode:
         pytest.skip('may not mount')
     try:
-        victim = stable.start([*flags, '--student', 'test_vit', '--model-ema', '--output', str(disk)], tmp_path / 'log')
+        flags = [*flags, '--epochs', '1']
+        victim = stable.start([*flags, '--output', str(disk)], tmp_path / 'log')
         assert victim.wait() == [1]
-        assert 'No space left on device' in victim.output() and str(disk) in victim.output()
-        assert 'Traceback' not in victim.output()
+        said = f'{disk}/run{what} cannot be written (No space left on device); '
+        said += f'make room, then train_distill.py --resume {disk}/run {then}' if what else 'give another --output'
+        assert victim.output().count('error: ') == 1 and said in victim.output().splitlines()[-1]
+        subprocess.run(['mount', '-o', 'remount,size=64m', disk], check=True)
+        stable.run([*flags, '--output', str(disk), '--resume', 'auto'], tmp_path / 'log')
+        stable.run([*flags, '--experiment', 'whole'], tmp_path / 'log')
+        a, b = ((run / 'student' / 'model.safetensors').read_bytes() for run in (disk / 'run', tmp_path / 'whole'))
+        assert a == b
     finally:
         subprocess.run(['umount', disk], check=True)
+
+
+@pytest.mark.parametrize('file', ['summary.csv', 'student', 'results.json'])
+def test_what_does_not_fit_on_the_disk_is_written_by_resume(flags, tmp_path, monkeypatch, capsys, file):
+    run = tmp_path / 'run'
+    write_whole = runs.write_whole
+
+    def full(path: Path, text: str) -> None:
+        if path.name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_whole(path, text)
+
+    def no_model(*_, **__) -> None:
+        raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+
+    with monkeypatch.context() as disk:
+        disk.setattr(runs, 'write_whole', full)
+        if file == 'student':
+            disk.setattr('timm.models.save_for_hf', no_model)
+        assert main(flags) == 1
+    where = run / 'student' if file == 'student' else run
+    said = f'error: {where} cannot be written (No space left on device); make room, then train_distill.py --resume '
+    assert f'{said}{run} goes on\n' in capsys.readouterr().err
+    assert main(['--resume', str(run)]) == 0
+    assert (run / file).exists() and (run / 'results.json').exists()
+
+
+def test_a_file_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    runs.write_whole(tmp_path / 'x', 'before')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError):
+        runs.write_whole(tmp_path / 'x', 'after')
+    assert [p.read_text() for p in tmp_path.iterdir()] == ['before']
 
 
 @pytest.fixture

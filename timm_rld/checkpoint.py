@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .errors import UserError, is_not_plain
+from .errors import UserError, is_not_plain, writing
 from .runs import Clock, Means, best_epoch, outcome, raise_on_all
 
 FORMAT = 2
@@ -114,35 +114,22 @@ class Checkpoints:
         """
         final = self.folder / checkpoint.position.name
         part = self.folder / f'.part-{final.name}'
+        then = f'train_distill.py --resume {self.folder.parent} '
+        then += 'goes on: the one before is whole' if self.names() else 'begins anew: there is none before it'
+        files = _as_files(checkpoint)
         try:
-            part.mkdir(parents=True, exist_ok=True)
-            files = {
-                f'{name}.safetensors': safetensors.torch.save({k: v.contiguous().clone() for k, v in tensors.items()})
-                for name, tensors in checkpoint.weights.items()
-            }
-            buffer = io.BytesIO()
-            torch.save(checkpoint.state, buffer)
-            files['state.pt'] = buffer.getvalue()
-            body = {
-                'format': FORMAT,
-                'position': asdict(checkpoint.position),
-                'lr': checkpoint.lr,
-                'history': checkpoint.history,
-                'sha256': {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-            }
-            files['checkpoint.json'] = json.dumps({**body, 'own_sha256': _digest(body)}, indent=1).encode()
-            for name, data in files.items():
-                _write(part / name, data)
-            _sync(part)
-            if final.exists():  # written again after going on from an older one
-                shutil.rmtree(self.folder / f'.old-{final.name}', ignore_errors=True)
-                final.rename(self.folder / f'.old-{final.name}')
-            part.rename(final)
-            _sync(self.folder)
-        except (OSError, safetensors.SafetensorError) as e:
+            with writing(f'{self.folder}: a checkpoint', then):
+                part.mkdir(parents=True, exist_ok=True)
+                for name, data in files.items():
+                    _write(part / name, data)
+                _sync(part)
+                if final.exists():  # written again after going on from an older one
+                    shutil.rmtree(self.folder / f'.old-{final.name}', ignore_errors=True)
+                    final.rename(self.folder / f'.old-{final.name}')
+                part.rename(final)
+                _sync(self.folder)
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            why = getattr(e, 'strerror', None) or str(e).splitlines()[0]
-            raise UserError(f'{self.folder}: a checkpoint cannot be written ({why}); the one before is whole') from e
         at = checkpoint.position
         if self.on_epoch_end is not None and at.phase == 'student' and at.batch is None:
             self.on_epoch_end(final, checkpoint.history, outcome(checkpoint.history))
@@ -194,6 +181,26 @@ class Checkpoints:
                 f'{self.folder}: no checkpoint of the {phase} is whole; start anew under another --experiment'
             )
         return None
+
+
+def _as_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What its files hold, by name."""
+    files = {
+        f'{name}.safetensors': safetensors.torch.save({k: v.contiguous().clone() for k, v in tensors.items()})
+        for name, tensors in checkpoint.weights.items()
+    }
+    buffer = io.BytesIO()
+    torch.save(checkpoint.state, buffer)
+    files['state.pt'] = buffer.getvalue()
+    body = {
+        'format': FORMAT,
+        'position': asdict(checkpoint.position),
+        'lr': checkpoint.lr,
+        'history': checkpoint.history,
+        'sha256': {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    files['checkpoint.json'] = json.dumps({**body, 'own_sha256': _digest(body)}, indent=1).encode()
+    return files
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -459,11 +459,14 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all, whenever the process or the machine stops. Bytes of a file's name that are
     no text are escaped, as JSON reads them."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    with part.open('w', encoding='utf-8', errors='backslashreplace') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with part.open('w', encoding='utf-8', errors='backslashreplace') as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_yaml(path: str, flag: str = '--config') -> dict[str, Any]:

@@ -30,7 +30,7 @@ from .data import Loader, Mixing
 from .errors import Stopped, UsageError, UserError, did_you_mean
 from .guard import Guard, StopSignals, highest
 from .pairing import Pair, audit, check_accuracy, lay_out, weights_digest
-from .runs import Progress, best_epoch, write_rows
+from .runs import Progress, best_epoch, main_saves, write_rows
 from .task import DistillationTask
 
 # ------------------------------------------------------------------------------------------------------------- devices
@@ -428,8 +428,7 @@ def fit(
             scheduler.step(epoch, metrics['top1'])
             progress.end_epoch(row)
             accelerator.log({f'{title}/{k}': v for k, v in row.items()}, step=epoch)
-            if accelerator.is_main_process:
-                write_rows(log_file, history)
+            main_saves(accelerator, log_file.parent, write_rows, log_file, history)
             (stop,) = highest(accelerator, signals.received)
             if checkpoints and (each_epoch or stop or epoch == epochs or best_epoch(history) == epoch):
                 save(None)

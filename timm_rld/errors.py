@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import os
 import pickle
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -22,6 +24,10 @@ class UsageError(UserError):
     """A wrong flag, YAML key or value. The program exits with code 2."""
 
     exit_code = 2
+
+
+class WriteError(UserError):
+    """A file or folder that cannot be written: a full disk, no permission."""
 
 
 class SampleError(UserError):
@@ -51,6 +57,27 @@ def is_not_plain(error: Exception) -> bool:
     """Whether torch did not load a file because it holds more than tensors and plain values. What torch itself says
     then, to load it nevertheless, would run whatever code is in it."""
     return isinstance(error, pickle.UnpicklingError) or 'weights_only' in str(error)
+
+
+@contextlib.contextmanager
+def writing(what: object, then: str = '') -> Iterator[None]:
+    """Whatever the disk refuses in this context is told with the way out.
+
+    Args:
+        what: cannot be written: a path, or words that name it.
+        then: how to go on once that is mended.
+
+    Raises:
+        WriteError: `WHAT cannot be written (No space left on device); make room, then THEN`.
+    """
+    then = f', then {then}' if then else ''
+    try:
+        yield
+    except WriteError as e:
+        raise WriteError(f'{e}{then}') from e
+    except OSError as e:
+        way_out = 'make room' if e.errno in (errno.ENOSPC, errno.EDQUOT) else 'mend that'
+        raise WriteError(f'{what} cannot be written ({e.strerror or e}); {way_out}{then}') from e
 
 
 def _ignore_further_workers() -> None:

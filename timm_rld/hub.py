@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, WriteError, writing
 
 PROBE_SECONDS = 3.0
 
@@ -82,30 +84,26 @@ def export_model(
 
     Returns:
         The folder.
-    """
-    from timm.models import save_for_hf
 
+    Raises:
+        UserError: where it cannot be written.
+    """
     folder = Path(folder)
     parts = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
     data_config = dict(data_config, test_input_size=data_config['input_size'], test_crop_pct=data_config['crop_pct'])
     hook = model.register_state_dict_post_hook(_separate)
     try:
-        save_for_hf(
-            model,
-            parts,
-            model_config=dict(label_names=list(label_names)) if label_names else {},
-            safe_serialization=True,
-            data_config=data_config,
-        )
-        config_file = parts / 'config.json'
-        config = json.loads(config_file.read_text(encoding='utf-8'))
-        for key in _BASE_WEIGHTS_KEYS:
-            config['pretrained_cfg'].pop(key, None)
-        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding='utf-8')
-        (parts / 'README.md').write_text(_how_to_load(model, folder.name), encoding='utf-8')
-        if folder.exists():
-            shutil.rmtree(folder)
-        parts.rename(folder)
+        with writing(folder):
+            _save_for_hf(model, parts, dict(label_names=list(label_names)) if label_names else {}, data_config)
+            config_file = parts / 'config.json'
+            config = json.loads(config_file.read_text(encoding='utf-8'))
+            for key in _BASE_WEIGHTS_KEYS:
+                config['pretrained_cfg'].pop(key, None)
+            config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding='utf-8')
+            (parts / 'README.md').write_text(_how_to_load(model, folder.name), encoding='utf-8')
+            if folder.exists():
+                shutil.rmtree(folder)
+            parts.rename(folder)
     finally:
         hook.remove()
         shutil.rmtree(parts, ignore_errors=True)
@@ -145,7 +143,7 @@ def check_export(model: nn.Module, flag: str, data_config: dict[str, Any]) -> No
             again = create_model(f'local-dir:{folder}', pretrained=True).eval()
             same = all(torch.equal(*pair) for pair in zip(model.state_dict().values(), again.state_dict().values()))
             same = same and torch.allclose(model.eval()(x), again(x), rtol=1e-3, atol=1e-3, equal_nan=True)
-        except OSError:  # no room for a trial: that says nothing of the network
+        except (OSError, WriteError):  # no room for a trial: that says nothing of the network
             return
         except Exception as e:
             why = str(e).strip().partition('\n')[0][:200] or type(e).__name__
@@ -154,6 +152,18 @@ def check_export(model: nn.Module, flag: str, data_config: dict[str, Any]) -> No
             model.train(training)
     if not same:
         raise UserError(f'{refused} (it is another network then); take another architecture')
+
+
+def _save_for_hf(model: nn.Module, folder: Path, model_config: dict[str, Any], data_config: dict[str, Any]) -> None:
+    """timm's, with an OSError where safetensors says in words alone what the disk did."""
+    from timm.models import save_for_hf
+
+    try:
+        save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
+    except SafetensorError as e:
+        if not (found := re.search(r'\(os error (\d+)\)', str(e))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from e
 
 
 def _how_to_load(model: nn.Module, folder: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, writing
 from .hub import hub_in_reach
 from .report import (
     RunFiles,
@@ -139,7 +139,7 @@ def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, s
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi()
-    with tempfile.TemporaryDirectory() as temporary:
+    with writing('push: the temporary folder (TMPDIR)'), tempfile.TemporaryDirectory() as temporary:
         files = Path(temporary)
         existing = _tried(lambda: _read_card(api, repo_id, files), flag)
         write_files(run, file, files, repo_id, license, weights, existing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Config, flag_of, load_yaml, load_yaml_text, to_yaml, warmup_epochs, write_whole
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, writing
 
 T = TypeVar('T')
 
@@ -49,6 +50,20 @@ def main_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
 def main_only(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """Call a function on the main process alone; its result reaches all."""
     return broadcast_object_list([_on_main(accelerator, function)])[0]
+
+
+def main_saves(accelerator: Accelerator, run: Path, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    """Call a function that writes into a run folder on the main process alone.
+
+    Raises:
+        WriteError: on every process, where it cannot be written; it says how the run goes on.
+    """
+
+    def save() -> None:
+        with writing(run, then=f'train_distill.py --resume {run} goes on'):
+            function(*args, **kwargs)
+
+    _on_main(accelerator, save)
 
 
 def raise_on_all(problem: UserError | None) -> None:
@@ -111,7 +126,7 @@ def open_run(config: Config, accelerator: Accelerator, train: Any, val: Any) -> 
                 if not (folder / file).exists() or (folder / file).read_text(encoding='utf-8') != text:
                     write_whole(folder / file, text)
         except OSError as e:
-            problem = UserError(f'--output: {folder} cannot be written ({e.strerror})')
+            problem = UserError(f'--output: {folder} cannot be written ({e.strerror or e}); give another --output')
         except UserError as e:
             problem = e
     raise_on_all(problem)
@@ -413,11 +428,12 @@ def _duration(seconds: float) -> str:
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
     """Write a CSV. NaN, which stands for "not there", is left empty."""
-    with path.open('w', newline='', encoding='utf-8') as f:
-        writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(k for row in rows for k in row)))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: '' if isinstance(v, float) and math.isnan(v) else f'{v:.6g}' for k, v in row.items()})
+    f = io.StringIO()
+    writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), lineterminator='\n')
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: '' if isinstance(v, float) and math.isnan(v) else f'{v:.6g}' for k, v in row.items()})
+    write_whole(path, f.getvalue())
 
 
 def best_epoch(history: list[dict[str, float]]) -> int:

@@ -20,10 +20,10 @@ from torch import Tensor
 from ..config import Config, to_yaml, write_whole
 from ..data import Source
 from ..data.replay import ReplayDataset
-from ..errors import SampleError, UserError
+from ..errors import SampleError, UserError, writing
 from ..guard import highest
 from ..pairing import Teacher, weights_digest
-from ..runs import main_first
+from ..runs import main_first, main_only
 from ._rows import DTYPES, Rows, rounded
 from .facts import Purpose, _sha256, difference, weights_file
 
@@ -324,10 +324,14 @@ class TeacherCache:
         self.flush()
         self.accelerator.wait_for_everyone()
         found = dict(facts=self.validation_facts, teacher_top1=top1, teacher_sha256=digest, folded_batch_norms=folded)
-        if self.accelerator.is_main_process:
+
+        def add() -> None:
             self.body = read_body(self.folder)  # another run may have added to it
             self.body['validation'][self.validation_name] = found
-            self._write_body()
+            with writing(f'--teacher-cache: {self.folder}'):
+                self._write_body()
+
+        main_only(self.accelerator, add)
         self.body['validation'][self.validation_name] = found
         self.validated = True
 

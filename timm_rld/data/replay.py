@@ -118,8 +118,11 @@ class ReplayDataset(Dataset):
     def _replacement(self, epoch: int, index: int, error: SampleError) -> tuple[Any, int]:
         """Another image, drawn by (seed, epoch, index); a line in the list says so."""
         line = f'epoch {epoch}: {" ".join(str(error).split())}\n'
-        with self.bad_images.open('a', encoding='utf-8', errors='backslashreplace') as f:  # short lines stay whole
-            f.write(line)
+        try:
+            with self.bad_images.open('a', encoding='utf-8', errors='backslashreplace') as f:
+                f.write(line)  # short lines at the end of a file stay whole
+        except OSError as e:
+            raise SampleError(f'{self.bad_images} cannot be written ({e.strerror}); {error}') from e
         generator = np.random.default_rng(derive_seed(REPLACEMENT, self.seed or 0, epoch, index))
         for other in generator.integers(len(self), size=100).tolist():
             with contextlib.suppress(SampleError):
