@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from timm_rld.__main__ import main
-from timm_rld.compare import markdown, parse_variant, summarize
+from timm_rld.compare import compare, markdown, parse_variant, summarize
+from timm_rld.errors import Stopped, UserError
 
 
 def rows(**top1: list[float]) -> list[dict]:
@@ -99,6 +101,62 @@ def test_a_run_that_fails_is_named_with_its_message_and_log(compared, capsys, tm
     assert main(argv) == 1
     error = capsys.readouterr().err
     assert 'the teacher failed with code 1' in error and 'no such folder' in error and 'teacher.log' in error
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_running(compared, capsys):
+    output, argv = compared
+    before = (output / 'none-seed0' / 'results.json').stat().st_mtime_ns
+    for _ in range(2):  # the same call repeats what failed
+        assert main([*argv, '--criteria', 'kd:task_loss_weight=3e38', 'none', 'kd']) == 1
+        said, error = capsys.readouterr()
+        assert '[1/3] kd:task_loss_weight=3e38 seed 0 failed with code 1: the loss is inf' in said
+        assert 'none seed 0: already there' in said and '[3/3] kd seed 0' in said
+        assert '| kd:task_loss_weight=3e38 | failed |' in said and said.count('\n| kd | ') == 1
+        assert 'not in these figures: kd:task_loss_weight=3e38 seed 0.' in said
+        assert error.startswith('timm-rld: error: 1 of 3 runs failed; the same command repeats them')
+        assert 'seed 0 failed with code 1: the loss is inf in epoch 1 of the student' in error and '.log)' in error
+    assert (output / 'none-seed0' / 'results.json').stat().st_mtime_ns == before
+    found = json.loads((output / 'compare.json').read_text())
+    assert [(f['criterion'], f['seed']) for f in found['failed']] == [('kd:task_loss_weight=3e38', 0)]
+    assert len((output / 'compare.csv').read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize('how', ['some', 'all', 'stopped'])
+def test_tables_are_made_of_the_runs_that_there_are(folder, tmp_path, monkeypatch, how):
+    started = []
+
+    def run(command: list[str], where: Path, title: str, say) -> dict:
+        started.append(title)
+        if how == 'stopped':
+            raise Stopped('stopped by SIGTERM', 143)
+        name, seed = title.split()[0], int(title.split()[2])
+        if how == 'all' or name == 'dkd' or (name, seed) in (('rld', 1), ('none', 0)):
+            raise UserError(f'{title} failed with code 1: no')
+        top1 = {'none': 50.0, 'kd': 60.0, 'rld': 70.0}[name] + seed * seed
+        return dict(student_top1=top1, student_top1_best=top1, teacher_top1=80.0, agreement=None,
+                    train_images_per_second=9.0, versions={})  # fmt: skip
+
+    monkeypatch.setattr('timm_rld.compare._run', run)
+    flags = ['--teacher', 'test_resnet', '--student', 'test_resnet', '--data-dir', str(folder), '--epochs', '1']
+    if how == 'stopped':
+        with pytest.raises(Stopped):
+            compare(['none', 'kd'], [0, 1], flags, tmp_path / 'out', say=lambda _: None)
+        assert len(started) == 1
+        return
+    found = compare(['none', 'kd', 'dkd', 'rld'], [0, 1, 2], flags, tmp_path / 'out', say=lambda _: None)
+    assert len(started) == 12 and len(found['failed']) == (12 if how == 'all' else 5)
+    assert json.loads((tmp_path / 'out' / 'compare.json').read_text()) == found
+    none, kd, dkd, rld = found['criteria']
+    assert dkd['seeds'] == 0 and dkd['top1'] is None
+    table = (tmp_path / 'out' / 'compare.md').read_text()
+    assert table.count('| failed |') == (4 if how == 'all' else 1)
+    if how == 'some':
+        assert (none['seeds'], kd['seeds'], rld['seeds']) == (2, 3, 2)
+        assert kd['gain_over_none'] == 10, 'of seeds 1 and 2'
+        assert rld['gain_over_none'] == 20, 'of seed 2'
+        assert kd['rld_minus_this'] == 10, 'of seeds 0 and 2'
+        assert '| kd | 61.67 ' in table and '| rld (2 of 3 seeds) | 72.00 ' in table
+        assert 'Failed, and so not in these figures: none seed 0, dkd seed 0, ' in table
 
 
 def test_a_variant_is_its_flags():

@@ -7,7 +7,7 @@ import sys
 
 from .bench import BENCHMARKS, benchmark
 from .config import Parser, list_recipes
-from .errors import UsageError, run_main
+from .errors import UsageError, UserError, run_main
 
 
 def list_things(what: str, pattern: str) -> None:
@@ -28,10 +28,15 @@ def list_things(what: str, pattern: str) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Run a comparison and print its table."""
+    """Run a comparison, print its table, and raise what failed."""
     from .compare import compare, markdown
 
-    print(markdown(compare(args.criteria, args.seeds, args.flags, args.output, launcher=args.launcher)), end='')
+    found = compare(args.criteria, args.seeds, args.flags, args.output, launcher=args.launcher)
+    print(markdown(found), end='')
+    if failed := found['failed']:
+        reasons = '\n'.join(run['reason'] for run in failed)
+        of_all = f'{len(failed)} of {len(failed) + len(found["runs"])} runs'
+        raise UserError(f'{of_all} failed; the same command repeats them, and no others:\n{reasons}')
 
 
 def verify_cache(args: argparse.Namespace) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import FIELDS, Config, flag_of, load_yaml, parse_args, resolve, to_yaml, write_whole
-from .errors import Stopped, UsageError, UserError
+from .errors import Stopped, UsageError, UserError, writing
 from .loss import choose_criterion
 
 # 97.5% quantiles of Student's t for 1, 2, … degrees of freedom
@@ -29,6 +31,7 @@ _T = (
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 _OWN = ('output', 'experiment', 'distill', 'seed', 'resume')
+_COLUMNS = ('criterion', 'seed', 'top1', 'top1_best', 'teacher_top1', 'agreement', 'images_per_second', 'run')
 _OF_CRITERION = ('standardize', 'task_loss_weight', 'distill_loss_weight', 'distill_warmup_epochs')
 
 
@@ -86,8 +89,9 @@ def compare(
 ) -> dict[str, Any]:
     """Run a pair under several criteria and seeds, each as `python -m train_distill`, and write tables of the results.
 
-    A teacher that has to be fitted is fitted once, with the first seed, and shared. Runs that are complete are not
-    repeated, so that an interrupted comparison goes on with the same call, and a criterion or a seed can be added.
+    A teacher that has to be fitted is fitted once, with the first seed, and shared. Where a run fails the others go on,
+    and the tables are made of those that there are. Runs that are complete are not repeated, so that the same call goes
+    on with an interrupted comparison, or repeats what failed, and a criterion or a seed can be added.
 
     Args:
         criteria: names, or with options (:func:`parse_variant`).
@@ -98,11 +102,12 @@ def compare(
         say: prints a line.
 
     Returns:
-        What compare.json holds.
+        What compare.json holds: also, as `failed`, the criterion, seed and reason of each run that failed.
 
     Raises:
         UsageError: settings that contradict each other.
-        UserError: a run that failed, or a folder that holds another comparison.
+        UserError: where the teacher's fit failed, or the folder holds another comparison or cannot be written.
+        Stopped: after SIGTERM or SIGINT.
     """
     output = Path(output).expanduser()
     flags = list(flags)
@@ -119,52 +124,62 @@ def compare(
         _run([*launch, *flags, '--epochs', '0', '--seed', str(seeds[0])], folder, 'the teacher', say)
         common = [*flags, '--teacher', f'local-dir:{folder / "teacher"}', '--teacher-epochs', '0',
                   '--teacher-pretrained']  # fmt: skip
-    rows = []
+    rows, failed, versions = [], [], {}
     for n, (variant, seed, folder) in enumerate(jobs, 1):
         command = [*launch, *common, *variant.flags, '--seed', str(seed)]
         if config.teacher_cache is not None:  # the images of another seed are others
             command += ['--teacher-cache', str(Path(config.teacher_cache) / f'seed-{seed}')]
-        results = _run(command, folder, f'[{n}/{len(jobs)}] {variant.label} seed {seed}', say)
-        rows.append({
-            'criterion': variant.label, 'seed': seed, 'top1': results['student_top1'],
-            'top1_best': results['student_top1_best'], 'teacher_top1': results['teacher_top1'],
-            'agreement': results['agreement'], 'images_per_second': results['train_images_per_second'],
-            'run': folder.name,
-        })  # fmt: skip
+        name = f'{variant.label} seed {seed}'
+        try:
+            results = _run(command, folder, name, lambda text, n=n: say(f'[{n}/{len(jobs)}] {text}'))
+        except UserError as e:
+            say(f'[{n}/{len(jobs)}] {e}')
+            failed.append({'criterion': variant.label, 'seed': seed, 'reason': str(e), 'run': folder.name})
+            continue
+        versions = results['versions']
+        values = (
+            variant.label, seed, results['student_top1'], results['student_top1_best'], results['teacher_top1'],
+            results['agreement'], results['train_images_per_second'], folder.name,
+        )  # fmt: skip
+        rows.append(dict(zip(_COLUMNS, values)))
     found = {
         'teacher': config.teacher, 'student': config.student, 'epochs': resolve(config).epochs,
-        'flags': shlex.join(flags), 'seeds': list(seeds), 'versions': results['versions'], 'runs': rows,
-        'criteria': summarize(rows),
+        'flags': shlex.join(flags), 'seeds': list(seeds), 'versions': versions, 'runs': rows, 'failed': failed,
+        'criteria': summarize(rows, [v.label for v in variants]),
     }  # fmt: skip
-    (output / 'compare.json').write_text(json.dumps(found, indent=2, ensure_ascii=False), encoding='utf-8')
-    with (output / 'compare.csv').open('w', newline='', encoding='utf-8') as f:
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (output / 'compare.md').write_text(markdown(found), encoding='utf-8')
+    table = io.StringIO()
+    writer = csv.DictWriter(table, _COLUMNS, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    with writing(f'--output: {output}'):
+        write_whole(output / 'compare.json', json.dumps(found, indent=2, ensure_ascii=False))
+        write_whole(output / 'compare.csv', table.getvalue())
+        write_whole(output / 'compare.md', markdown(found))
     return found
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """For each criterion: last and best top-1 (mean, and deviation over seeds), gain over `none`, and how much better
-    RLD is on the same seed: the mean difference with its 95% confidence interval (Student's t). With one seed there is
-    no deviation and no interval: they are None.
+    RLD is on the same seed: the mean difference with its 95% confidence interval (Student's t). Differences are over
+    the seeds that both have. With one seed there is no deviation and no interval, without a run there is no figure:
+    they are None.
 
     Args:
         rows: a dict a run, with `criterion`, `seed`, `top1`, `top1_best`, `agreement`, `images_per_second`.
+        names: of criteria, in the order that they are to have, with or without a run.
     """
-    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    by_name: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
     for row in rows:
         by_name.setdefault(row['criterion'], {})[row['seed']] = row
-    none = next((runs for name, runs in by_name.items() if name == 'none'), None)
-    variants = (runs for name, runs in by_name.items() if name.partition(':')[0] == 'rld')
+    none = by_name.get('none')
+    variants = (runs for name, runs in by_name.items() if name.partition(':')[0] == 'rld' and runs)
     rld = by_name.get('rld') or next(variants, None)
     found = []
     for name, runs in by_name.items():
         entry: dict[str, Any] = {'criterion': name, 'seeds': len(runs)}
         for key in ('top1', 'top1_best'):
             entry[key], entry[f'{key}_std'] = _mean_std([r[key] for r in runs.values()])
-        entry['gain_over_none'] = _difference(runs, none)[0] if none is not None and name != 'none' else None
+        entry['gain_over_none'] = _difference(runs, none)[0] if none and name != 'none' else None
         entry['rld_minus_this'], entry['interval'] = _difference(rld, runs) if rld not in (None, runs) else (None, None)
         for key in ('agreement', 'images_per_second'):
             values = [r[key] for r in runs.values() if r[key] is not None]
@@ -173,15 +188,15 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _difference(a: dict[int, dict], b: dict[int, dict]) -> tuple[float, float | None]:
-    """Mean of a - b over their common seeds, and half the width of its 95% interval."""
+def _difference(a: dict[int, dict], b: dict[int, dict]) -> tuple[float | None, float | None]:
+    """Mean of a - b over their common seeds, and half the width of its 95% interval; None without them."""
     mean, std = _mean_std([a[s]['top1'] - b[s]['top1'] for s in a if s in b])
     n = len(set(a) & set(b))
     return mean, None if std is None else (_T[n - 2] if n - 2 < len(_T) else 1.96) * std / math.sqrt(n)
 
 
-def _mean_std(values: list[float]) -> tuple[float, float | None]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+def _mean_std(values: list[float]) -> tuple[float | None, float | None]:
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -190,7 +205,7 @@ def markdown(found: dict[str, Any]) -> str:
     teachers = {r['teacher_top1'] for r in found['runs'] if r['teacher_top1'] is not None}
     teacher = f' (top-1 {teachers.pop():.2f})' if len(teachers) == 1 else ''
     shown = ' '.join(map(str, seeds))
-    names = [e['criterion'] for e in found['criteria']]
+    names = [e['criterion'] for e in found['criteria'] if e['seeds']]
     reference = 'rld' if 'rld' in names else next((n for n in names if n.startswith('rld:')), 'RLD')
     lines = [
         f'{found["teacher"]}{teacher} → {found["student"]}, {found["epochs"]} epochs, seeds {shown}.',
@@ -200,6 +215,10 @@ def markdown(found: dict[str, Any]) -> str:
         '| --- | --- | --- | --- | --- | --- | --- |',
     ]
     for e in found['criteria']:
+        name = e['criterion'] + (f' ({e["seeds"]} of {len(seeds)} seeds)' if 0 < e['seeds'] < len(seeds) else '')
+        if not e['seeds']:
+            lines.append(f'| {name} | failed | | | | | |')
+            continue
         last, best = (
             f'{e[k]:.2f}' + ('' if e[f'{k}_std'] is None else f' ± {e[f"{k}_std"]:.2f}') for k in ('top1', 'top1_best')
         )
@@ -208,14 +227,15 @@ def markdown(found: dict[str, Any]) -> str:
         if against and e['interval'] is not None:
             against += f' ± {e["interval"]:.2f}'
         agreement = '' if e['agreement'] is None else f'{e["agreement"]:.1f}'
-        lines.append(
-            f'| {e["criterion"]} | {last} | {best} | {gain} | {against} | {agreement} | {e["images_per_second"]:.0f} |'
-        )
+        lines.append(f'| {name} | {last} | {best} | {gain} | {against} | {agreement} | {e["images_per_second"]:.0f} |')
     if len(seeds) == 1:
         lines += ['', 'One seed: no deviation and no interval can be given; a difference may be chance.']
     else:
         lines += ['', f'± is the standard deviation over {len(seeds)} seeds; of differences, half the 95% interval '
                   '(paired by seed).']  # fmt: skip
+    if found.get('failed'):
+        lines += ['Failed, and so not in these figures: '
+                  + ', '.join(f'{f["criterion"]} seed {f["seed"]}' for f in found['failed']) + '.']  # fmt: skip
     lines += [
         'Top-1 and agreement (same prediction as the teacher) in percent. `best epoch` is chosen on the validation '
         'split itself.',
@@ -266,24 +286,45 @@ def _claim(output: Path, config: Config) -> None:
 
 
 def _run(command: list[str], folder: Path, title: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run one training to its end, or read the results of one that is complete."""
+    """Run one training to its end, or read the results of one that is complete.
+
+    Raises:
+        UserError: where it failed; the reason in a line.
+    """
     done = folder / 'results.json'
     if done.exists():
         say(f'{title}: already there')
-        return json.loads(done.read_text(encoding='utf-8'))
+        return _read_results(done)
     log = folder.with_name(f'{folder.name}.log')
     started = time.perf_counter()
     command = [*command, '--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
-    with log.open('a', encoding='utf-8') as f:
+    with contextlib.ExitStack() as stack:
+        with writing(f'{title} failed: {log}'):
+            f = stack.enter_context(log.open('ab'))
+        begin = f.tell()
         code = _wait(subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ))
     if code or not done.exists():
-        said = log.read_text(encoding='utf-8', errors='replace').strip().rpartition('error: ')[2]
-        raise UserError(f'{title} failed with code {code}: {said}\nIts output is in {log}')
-    results = json.loads(done.read_text(encoding='utf-8'))
+        how = f'was ended by {signal.Signals(-code).name}' if code < 0 else f'failed with code {code}'
+        raise UserError(f'{title} {how}: {_last_words(log.read_bytes()[begin:])} (its output: {log})')
+    results = _read_results(done)
     top1 = results.get('student_top1', results['teacher_top1'])
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     say(f'{title}: top-1 {top1:.2f} ({minutes}:{seconds:02})')
     return results
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise UserError(f'{file}: is damaged; delete it to have the run finished anew') from e
+
+
+def _last_words(output: bytes) -> str:
+    """The error that a program ended with, else its last line."""
+    said = output.decode(errors='replace').strip()
+    said = said.rpartition('error: ')[2] if 'error: ' in said else said.rpartition('\n')[2]
+    return ' '.join(said.split()) or 'it said nothing'
 
 
 def _wait(process: subprocess.Popen) -> int:
