@@ -223,19 +223,19 @@ def table(rows: list[Row], left_out: list[str], limit: float) -> str:
     lines = [f'{len(rows)} architectures: {passed}; all of these {sum(map(passes, rows))}.']
     if left_out:
         lines.append(f'Without an architecture of at most {limit:g} M parameters: {", ".join(left_out)}.')
-    head = ['module', 'architecture', 'M parameters', 'size', *CHECKS.values(), 'seconds', 'note']
+    head = ['module', 'architecture', 'M parameters', 'size', 'student step', 'export, reload', 'fold', 'folded',
+            'error', 'bf16', 'error', 'seconds', 'note']  # fmt: skip
     lines += ['', f'| {" | ".join(head)} |', '|' + ' --- |' * len(head)]
     for r in sorted(rows, key=lambda r: (passes(r), r['module'])):
         size = r.get('size', '')
         if r.get('teacher_size', size) != size:
             size = f'{size} (teacher {r["teacher_size"]})'
-        cells = {c: r.get(c, '–') for c in CHECKS}
-        if 'folded' in r:
-            cells['fold'] += f', {r["folded"]} of {r["batch_norms"]}, {r["error"]:.0e}'
-        if 'bf16_error' in r:
-            cells['bf16'] += f', {r["bf16_error"]:.0e}'
-        values = [r['module'], r['architecture'], f'{r["parameters"] / 1e6:.1f}', size, *cells.values(), r['seconds']]
-        lines.append(f'| {" | ".join(map(str, [*values, r["note"].replace("|", "/")]))} |')
+        folded = f'{r["folded"]} of {r["batch_norms"]}' if r.get('batch_norms') else ''
+        errors = [f'{r[k]:.0e}' if k in r else '' for k in ('error', 'bf16_error')]
+        cells = [r['module'], r['architecture'], f'{r["parameters"] / 1e6:.1f}', size,
+                 *(r.get(k, '–') for k in ('step', 'export', 'fold')), folded, errors[0], r.get('bf16', '–'), errors[1],
+                 r['seconds'], r['note'].replace('|', '/')]  # fmt: skip
+        lines.append(f'| {" | ".join(map(str, cells))} |')
     return '\n'.join(lines) + '\n'
 
 

@@ -6,6 +6,7 @@ import os
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['OMP_NUM_THREADS'] = '2'
+os.environ.setdefault('GOMP_SPINCOUNT', '3000')  # as train_distill.py: threads that wait leave the cores to others
 
 from pathlib import Path  # noqa: E402
 

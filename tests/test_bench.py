@@ -10,8 +10,9 @@ import textwrap
 import pytest
 import torch
 
+from benchmarks import cache, data
+from benchmarks import timm_script as beside_timm
 from timm_rld.__main__ import main
-from timm_rld.bench import timm as beside_timm
 from timm_rld.errors import UserError
 
 
@@ -26,26 +27,26 @@ def test_the_loss_benchmark_prints_a_row_for_each_criterion_and_shape(capsys):
 
 
 def test_the_data_benchmark_prints_our_loader_beside_timms_and_what_limits(folder, capsys):
-    argv = ['bench', 'data', '--img-size', '16', '--batch-size', '4', '--batches', '2', '--repeats', '1']
+    argv = ['--img-size', '16', '--batch-size', '4', '--batches', '2', '--repeats', '1']
     argv += ['--workers', '0']
-    assert main([*argv, '--photo', '40x30']) == 0
+    assert data.main([*argv, '--photo', '40x30']) == 0
     out = capsys.readouterr().out
     assert 'No --data-dir: 8 synthetic JPEGs of 40×30.' in out and 'Where the time of a worker goes: decode' in out
     for loader in ('timm, prefetcher', 'timm, no prefetcher', 'timm_rld', 'timm_rld --jpeg-draft'):
         assert f'| {loader} |' in out
-    assert main([*argv, '--data-dir', str(folder), '--batches', '20']) == 0  # more than the 41 images there are
+    assert data.main([*argv, '--data-dir', str(folder), '--batches', '20']) == 0  # more than the 41 images there are
     assert 'synthetic' not in capsys.readouterr().out
     for wrong, message in (
         (['--photo', '40'], 'WIDTHxHEIGHT'),
         (['--workers', '-1'], '--workers -1: must be at least 0'),
         (['--data-dir', '/nowhere'], '--data-dir /nowhere: no such folder'),
     ):
-        assert main([*argv, *wrong]) != 0
+        assert data.main([*argv, *wrong]) != 0
         assert message in capsys.readouterr().err
 
 
 def test_the_benchmark_of_loaders_measures_normalised_batches_of_the_same_size(folder):
-    from timm_rld.bench.data import NORM, _Images, _ours, _timms
+    from benchmarks.data import NORM, _Images, _ours, _timms
     from timm_rld.data import Loader, eval_transform, open_split
 
     images = _Images(open_split(None, 'train', flag='', data_dir=str(folder)).dataset, 8)
@@ -80,11 +81,11 @@ def test_the_step_benchmark_sets_the_loop_beside_its_parts(capsys):
 
 
 def test_the_cache_benchmark_prints_a_row_for_each_length(capsys):
-    argv = ['bench', 'cache', '--rows', '50', '300', '--num-classes', '7', '--batch-size', '16']
-    assert main(argv) == 0
+    argv = ['--rows', '50', '300', '--num-classes', '7', '--batch-size', '16']
+    assert cache.main(argv) == 0
     assert [f'| {n} |' in capsys.readouterr().out for n in (50,)] == [True]
     for wrong, message in ((['--rows', '3'], 'at least a batch'), (['--num-classes', '0'], 'at least 1')):
-        assert main([*argv, *wrong]) == 2
+        assert cache.main([*argv, *wrong]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -125,11 +126,11 @@ def test_the_recipe_is_measured_beside_a_script_with_timms_flags(folder, tmp_pat
     script = tmp_path / 'train.py'
     script.write_text(FAKE)
     monkeypatch.setenv('FAKE_ARGV', str(tmp_path / 'argv.json'))
-    argv = ['bench', 'timm', '--timm-train', str(script), '--teacher', 'test_resnet', '--student', 'cifar_resnet8',
+    argv = ['--timm-train', str(script), '--teacher', 'test_resnet', '--student', 'cifar_resnet8',
             '--img-size', '32', '--batch-size', '4', '--data-dir', str(folder), '--steps', '2', '--warmup-steps', '2',
             '--repeats', '1', '--workers', '0', '--distill', 'rld', '--mixed-precision', 'bf16',
             '--device', 'cpu']  # fmt: skip
-    assert main(argv) == 0
+    assert beside_timm.main(argv) == 0
     out = capsys.readouterr().out
     table = [[c.strip() for c in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')][2:]
     assert [r[0] for r in table] == [
@@ -211,7 +212,7 @@ def test_a_program_that_fails_says_why(code, message):
 )
 def test_what_is_wrong_is_said_before_anything_runs(wrong, message, capsys, monkeypatch):
     monkeypatch.setattr(beside_timm, 'measure', None)
-    assert main(['bench', 'timm', '--timm-train', __file__, *wrong]) != 0
+    assert beside_timm.main(['--timm-train', __file__, *wrong]) != 0
     assert message in capsys.readouterr().err
 
 

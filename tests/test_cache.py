@@ -22,7 +22,7 @@ from timm_rld import export_model
 from timm_rld.__main__ import main as tools
 from timm_rld.cache import DTYPES, Rows, rounded
 from timm_rld.config import parse_args, resolve
-from timm_rld.data.replay import ReplaySampler
+from timm_rld.data.sampler import ReplaySampler
 from timm_rld.errors import UsageError, UserError
 from timm_rld.loss import CRITERIA, create_distill_loss
 from train_distill import main
@@ -149,18 +149,18 @@ def test_a_row_that_was_torn_is_not_there(tmp_path):
 
 @pytest.mark.parametrize('damage', ['cut', 'empty', 'other', 'json', 'longer'])
 def test_a_file_that_is_damaged_is_named(tmp_path, damage):
-    path = tmp_path / 'view-0001.safetensors'
+    path = tmp_path / 'epoch-0001.safetensors'
     Rows.create(path, 10, 4, torch.float16)
     whole = path.read_bytes()
     path.write_bytes({'cut': whole[:-5], 'empty': b'', 'other': b'\xff' * 64, 'json': whole[:8] + b'[1]' + whole[11:],
                       'longer': whole + b'x'}[damage])  # fmt: skip
-    with pytest.raises(UserError, match='view-0001.safetensors: .*delete it'):
+    with pytest.raises(UserError, match='epoch-0001.safetensors: .*delete it'):
         Rows(path)
 
 
 @pytest.mark.parametrize('length', [0, 1500, 4000])  # nothing is left; some rows; all but a row
 def test_a_file_that_is_cut_off_while_it_is_open_is_an_error_and_no_signal(tmp_path, length):
-    rows = Rows.create(tmp_path / 'view-0001.safetensors', 100, 20, torch.float16)
+    rows = Rows.create(tmp_path / 'epoch-0001.safetensors', 100, 20, torch.float16)
     values = torch.randn(100, 20).half()
     rows.write(np.arange(99), values[:99])
     other = Rows(rows.path)
@@ -174,7 +174,7 @@ def test_a_file_that_is_cut_off_while_it_is_open_is_an_error_and_no_signal(tmp_p
         other.damaged,
         *([other.filled] if not length else []),
     ):
-        with pytest.raises(UserError, match=f'view-0001.safetensors: is cut off or damaged .{length:,} bytes.*delete'):
+        with pytest.raises(UserError, match=f'epoch-0001.safetensors: is cut off or damaged .{length:,} bytes.*delete'):
             use()
     assert rows.path.stat().st_size == length, 'made long again'
 
@@ -205,7 +205,7 @@ def test_with_float32_and_a_view_an_epoch_a_run_is_the_online_run_bit_for_bit(ar
     assert main([*argv, '--experiment', 'online']) == 0
     more = ('--teacher-cache-dtype', 'float32', '--teacher-cache-views', '4')
     assert main(cached(argv, tmp_path, 'filling', *more)) == 0
-    assert 'as many views as epochs (4)' in capsys.readouterr().out
+    assert 'as many augmentation epochs as epochs (4)' in capsys.readouterr().out
     no_teacher()
     assert main(cached(argv, tmp_path, 'reading', *more)) == 0
     assert 'the teacher is not loaded' in capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_what_the_folder_held_before_does_not_change_a_run(argv, tmp_path, worke
     more = ('--teacher-cache-views', '2', '--workers', workers)
     assert main(cached(argv, tmp_path, 'first', *more)) == 0
     assert main(cached(argv, tmp_path, 'second', *more)) == 0
-    for view in (tmp_path / 'cache').glob('view-*'):  # some rows gone, some torn
+    for view in (tmp_path / 'cache').glob('epoch-*'):  # some rows gone, some torn
         rows = Rows(view)
         with view.open('r+b') as f:
             for index in (0, 7, 8, 30):
@@ -245,7 +245,7 @@ def test_for_a_student_with_other_preprocessing_the_teacher_is_judged_anew(argv,
     more = ('--teacher-cache-views', '1', '--epochs', '1')
     assert main(cached(argv, tmp_path, 'first', *more, '--crop-pct', '1')) == 0
     assert main(cached(argv, tmp_path, 'second', *more, '--crop-pct', '0.7')) == 0
-    assert '1 view(s) are there' in capsys.readouterr().out
+    assert '1 of 1 cached' in capsys.readouterr().out
     assert main([*argv, '--experiment', 'online', '--epochs', '1', '--crop-pct', '0.7']) == 0
     found = [json.loads((tmp_path / name / 'results.json').read_text()) for name in ('second', 'online')]
     assert found[0]['teacher_top1'] == found[1]['teacher_top1']
@@ -257,14 +257,14 @@ def test_for_a_student_with_other_preprocessing_the_teacher_is_judged_anew(argv,
 def test_more_views_can_be_added(argv, tmp_path, capsys):
     assert main(cached(argv, tmp_path, 'first', '--teacher-cache-views', '1')) == 0
     assert main(cached(argv, tmp_path, 'second', '--teacher-cache-views', '3')) == 0
-    assert '1 view(s) are there' in capsys.readouterr().out
-    assert len(list((tmp_path / 'cache').glob('view-*'))) == 3
+    assert '1 of 3 cached' in capsys.readouterr().out
+    assert len(list((tmp_path / 'cache').glob('epoch-*'))) == 3
 
 
 def test_images_of_a_batch_that_is_left_out_are_asked_about_too(argv, tmp_path):
     # 41 images in batches of 8, and batch norm cannot take the one that is left
     assert main(cached(argv, tmp_path, 'run', '--student', 'test_resnet', '--teacher-cache-views', '2')) == 0
-    for view in (tmp_path / 'cache').glob('view-*'):
+    for view in (tmp_path / 'cache').glob('epoch-*'):
         assert Rows(view).filled()[:41].all()
 
 
@@ -272,7 +272,7 @@ def test_epochs_of_one_view_see_the_same_images_in_another_order():
     sampler = ReplaySampler(20, 6, seed=3)
     orders = []
     for epoch in (1, 3):
-        sampler.set_epoch(epoch, view=1)
+        sampler.set_epoch(epoch, augmentation_epoch=1)
         orders.append([key for batch in sampler for key in batch])
     assert sorted(orders[0]) == sorted(orders[1]) == [(1, i) for i in range(20)]
     assert orders[0] != orders[1]
@@ -284,7 +284,7 @@ def test_a_fitted_teacher_has_a_cache_too(folder, tmp_path, capsys):
             '0', '--min-teacher-acc', '0', '--output', str(tmp_path)]  # fmt: skip
     for name in ('first', 'second'):
         assert main(cached(argv, tmp_path, name, '--teacher-cache-views', '1')) == 0
-    hint = f'--teacher local-dir:{tmp_path / "second" / "teacher"} --teacher-epochs 0 would spare fitting it'
+    hint = f'--teacher local-dir:{tmp_path / "second" / "teacher"} --teacher-epochs 0 would save training it'
     assert hint in capsys.readouterr().out
     assert student(tmp_path, 'first') == student(tmp_path, 'second')
     ready = [
@@ -303,7 +303,7 @@ def test_a_fitted_teacher_has_a_cache_too(folder, tmp_path, capsys):
 def test_two_processes_fill_a_cache_that_one_reads(argv, tmp_path, stable, no_teacher):
     more = ('--teacher-cache-views', '2', '--teacher-cache-dtype', 'float32', '-b', '4')
     stable.run(cached(argv, tmp_path, 'two', *more), tmp_path / 'log', processes=2)
-    for view in (tmp_path / 'cache').glob('view-*'):
+    for view in (tmp_path / 'cache').glob('epoch-*'):
         assert Rows(view).filled()[:41].all()
     no_teacher()
     assert main(cached(argv, tmp_path, 'one', *more, '-b', '8')) == 0
@@ -337,7 +337,7 @@ CHANGES = {
     '--train-crop-mode': ('--train-crop-mode', 'pad'),
     '--reprob': ('--reprob', '0.2'),
     '--no-aug': ('--no-aug',),
-    'size of the view': ('--img-size', '48'),
+    'image size': ('--img-size', '48'),
     '--teacher-img-size': ('--teacher-img-size', '48'),
     '--teacher-mean': ('--teacher-mean', '0.5', '0.5', '0.5'),
     '--teacher-cache-dtype': ('--teacher-cache-dtype', 'float32'),
@@ -514,13 +514,14 @@ def test_a_folder_that_is_no_cache_is_refused(argv, tmp_path, kind, capsys):
     else:
         cache.mkdir()
         name = 'photo.png' if kind == 'not empty' else 'cache.json'
-        text = json.dumps({'facts': {'format': 0}, 'settings': '', 'data_config': {}, 'validation': {}})
+        body = dict.fromkeys(('arguments', 'depends_on', 'data_config', 'validation'), {})
+        text = json.dumps({'facts': {'format': 0}, **body})
         (cache / name).write_text('{"facts"' if kind == 'damaged' else text)
-        (cache / 'view-0001.safetensors').touch()
+        (cache / 'epoch-0001.safetensors').touch()
     assert main([*cached([], tmp_path, 'run'), *argv]) == 1
     error = capsys.readouterr().err
     says = {'not empty': 'is not empty and not a cache', 'damaged': 'cache.json: is damaged',
-            'other format': 'format 0, not 1'}.get(kind, 'cannot be written')  # fmt: skip
+            'other format': 'format 0, not 2'}.get(kind, 'cannot be written')  # fmt: skip
     assert says in error and 'Traceback' not in error
 
 
@@ -534,10 +535,10 @@ def test_a_folder_that_may_not_be_written_is_an_error(argv, tmp_path, capsys):
 def test_a_half_written_view_is_an_error_that_says_what_to_do(filled, tmp_path, capsys):
     root, flags = filled
     copy = shutil.copytree(root / 'cache', tmp_path / 'cache')
-    with (copy / 'view-0001.safetensors').open('r+b') as f:
+    with (copy / 'epoch-0001.safetensors').open('r+b') as f:
         f.truncate(500)
     assert main([*flags, '--experiment', 'half', '--teacher-cache', str(copy)]) == 1
-    assert 'view-0001.safetensors: is cut off or damaged (500 bytes' in capsys.readouterr().err
+    assert 'epoch-0001.safetensors: is cut off or damaged (500 bytes' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('views', ['1', '400'])  # complete, so that it is read; being filled
@@ -551,17 +552,17 @@ def test_a_view_that_is_cut_off_while_a_run_uses_it_is_an_error_and_no_signal(fi
         assert time.monotonic() < deadline, victim.output()
         time.sleep(0.02)
     while 'error' not in victim.output() and time.monotonic() < deadline:
-        for view in copy.glob('view-*'):
+        for view in copy.glob('epoch-*'):
             os.truncate(view, 500)
     assert victim.wait() == [1], victim.output()
     assert 'safetensors: is cut off or damaged (500 bytes, ' in victim.output()
-    assert 'delete it to have it filled anew' in victim.output()
+    assert 'delete it to have it computed again' in victim.output()
 
 
 def test_a_damaged_row_of_a_complete_cache_is_an_error_that_says_what_to_do(filled, tmp_path, capsys):
     root, flags = filled
     copy = shutil.copytree(root / 'cache', tmp_path / 'cache')
-    rows = Rows(copy / 'view-0001.safetensors')
+    rows = Rows(copy / 'epoch-0001.safetensors')
     with rows.path.open('r+b') as f:
         f.seek(rows.start)
         f.write(b'\x00\x01\x02')
@@ -577,7 +578,7 @@ def test_verify_finds_rows_that_are_not_what_the_teacher_says(filled, tmp_path, 
     assert tools(['cache', 'verify', str(root / 'cache')]) == 0
     assert '41 rows, all whole; 41 recomputed: they differ by at most' in capsys.readouterr().out
     copy = shutil.copytree(root / 'cache', tmp_path / 'cache')
-    rows = Rows(copy / 'view-0001.safetensors')
+    rows = Rows(copy / 'epoch-0001.safetensors')
     where = np.array([11])
     other = rows.read(where) + 0.5
     with rows.path.open('r+b') as f:
@@ -585,12 +586,12 @@ def test_verify_finds_rows_that_are_not_what_the_teacher_says(filled, tmp_path, 
         f.write(bytes(4))
     rows.write(where, other)
     assert tools(['cache', 'verify', str(copy)]) == 1
-    assert '1 row(s) are not what the teacher says: view 1, image 11' in capsys.readouterr().err
+    assert '1 row(s) are not the logits of the teacher: epoch 1, image 11' in capsys.readouterr().err
     with rows.path.open('r+b') as f:
         f.seek(rows.start + 30 * rows.row_bytes)
         f.write(b'\x07')
     assert tools(['cache', 'verify', str(copy), '--rows', '1']) == 1
-    assert 'view 1, image 30 (damaged)' in capsys.readouterr().err
+    assert 'epoch 1, image 30 (damaged)' in capsys.readouterr().err
 
 
 def test_verify_names_what_is_wrong(filled, tmp_path, folder, trained_teacher, capsys):

@@ -140,10 +140,10 @@ def test_tables_are_made_of_the_runs_that_there_are(folder, tmp_path, monkeypatc
     flags = ['--teacher', 'test_resnet', '--student', 'test_resnet', '--data-dir', str(folder), '--epochs', '1']
     if how == 'stopped':
         with pytest.raises(Stopped):
-            compare(['none', 'kd'], [0, 1], flags, tmp_path / 'out', say=lambda _: None)
+            compare(['none', 'kd'], [0, 1], flags, tmp_path / 'out', log=lambda _: None)
         assert len(started) == 1
         return
-    found = compare(['none', 'kd', 'dkd', 'rld'], [0, 1, 2], flags, tmp_path / 'out', say=lambda _: None)
+    found = compare(['none', 'kd', 'dkd', 'rld'], [0, 1, 2], flags, tmp_path / 'out', log=lambda _: None)
     assert len(started) == 12 and len(found['failed']) == (12 if how == 'all' else 5)
     assert json.loads((tmp_path / 'out' / 'compare.json').read_text()) == found
     none, kd, dkd, rld = found['criteria']

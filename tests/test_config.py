@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import sys
 
 import pytest
 import yaml
@@ -12,8 +14,10 @@ from timm_rld.config import (
     Config,
     flag_of,
     load_yaml,
+    marked,
     parse_args,
     resolve,
+    setting,
     to_yaml,
     warmup_epochs,
 )
@@ -118,7 +122,7 @@ def test_accumulation_steps_of_accelerate_launch_are_heard(monkeypatch):
 
 @pytest.mark.parametrize(('cores', 'local', 'workers'), [(16, '', 15), (16, '4', 3), (2, '2', 1), (1, 'x', 1)])
 def test_auto_workers_are_the_process_share_of_the_cores_but_one(monkeypatch, tmp_path, cores, local, workers):
-    monkeypatch.setattr('timm_rld.config.cores', lambda: cores)
+    monkeypatch.setattr(sys.modules['timm_rld.config.resolve'], 'cores', lambda: cores)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', local)
     for argv in (['--workers', 'auto'], ['-j', 'auto'], ['--config', written(tmp_path, 'workers: auto\n')]):
         config = resolve(parse_args([*PAIR, *argv]))
@@ -134,7 +138,7 @@ def test_auto_workers_are_the_process_share_of_the_cores_but_one(monkeypatch, tm
         (['--epochs'], '--epochs: expected one argument'),
         (['resnet18'], "unexpected 'resnet18'"),
         (['--epochs', '-1'], '--epochs: must be at least 0, got -1'),
-        (['--epochs', '0', '--teacher-epochs', '0'], '--epochs 0: fits the teacher alone'),
+        (['--epochs', '0', '--teacher-epochs', '0'], '--epochs 0: trains the teacher alone'),
         (['--epochs', '2.5'], "--epochs: expected a whole number, got '2.5'"),
         (['--batch-size', '-1'], '--batch-size: must be greater than 0, got -1'),
         (['--lr', '0'], '--lr: must be greater than 0, got 0'),
@@ -209,3 +213,57 @@ def test_values_of_options_are_read_alike_in_both_places(tmp_path):
     assert parse_args(argv).distill_kwargs == want
     config = parse_args(['--config', path])
     assert config.distill_kwargs == want and config.mixed_precision == 'no'
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+@dataclasses.dataclass
+class WithSharpness(Config):
+    """The table with a row more."""
+
+    sharpness: float = setting(
+        0.0, 'augmentation', 'sharpen images', ge=0, used_by='create_loaders:amount', logits=True
+    )
+
+
+def test_a_setting_that_is_added_to_the_table_arrives_everywhere(tmp_path, capsys):
+    config = parse_args(['--sharpness', '2'], settings=WithSharpness)
+    assert config.sharpness == 2
+    assert config.arguments_of('create_loaders')['amount'] == 2  # in the function that takes it
+    assert config.of_logits()['--sharpness'] == 2  # in the key of the teacher cache
+    assert 'sharpness' not in marked('resumable', settings=WithSharpness)  # a run is not resumed with another value
+    path = written(tmp_path, to_yaml(config))  # in args.yaml, and from there
+    assert parse_args(['--config', path], settings=WithSharpness) == config
+    with pytest.raises(UsageError, match='--sharpness: must be at least 0, got -1'):
+        parse_args(['--sharpness', '-1'], settings=WithSharpness)
+    with pytest.raises(SystemExit):
+        parse_args(['--help'], settings=WithSharpness)
+    assert '--sharpness X' in capsys.readouterr().out
+
+
+def functions() -> dict[str, object]:
+    """The functions that take settings as arguments, by name."""
+    from timm_rld import cache, data, distributed, hub, pairing, task
+
+    found = {}
+    for room in (cache, data, distributed, hub, pairing, task):
+        found.update(vars(room))
+    return found
+
+
+@pytest.mark.parametrize('name', list(FIELDS))
+def test_the_functions_that_a_row_names_take_the_setting(name):
+    for function, argument in FIELDS[name].metadata['used_by'].items():
+        parameters = inspect.signature(functions()[function]).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        assert takes_any or (argument or name) in parameters, function
+
+
+def test_paths_are_made_absolute_and_names_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'd').mkdir()
+    config = Config(data_dir='d', dataset='hfds/d', teacher='local-dir:d', student='resnet18').with_absolute_paths()
+    assert (config.data_dir, config.student) == (str(tmp_path / 'd'), 'resnet18')
+    assert (config.dataset, config.teacher) == (f'hfds/{tmp_path}/d', f'local-dir:{tmp_path}/d')
+    assert Config(dataset='hfds/uoft-cs/cifar100').with_absolute_paths().dataset == 'hfds/uoft-cs/cifar100'

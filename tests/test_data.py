@@ -17,14 +17,15 @@ from PIL import Image
 from timm_rld.data import (
     Loader,
     MixedTarget,
-    Mixing,
+    Mixup,
     eval_transform,
     open_split,
     open_splits,
     sources,
     train_transform,
 )
-from timm_rld.data.replay import SAMPLE, ReplayDataset, ReplaySampler, seeded
+from timm_rld.data.replay import SAMPLE, ReplayDataset, seeded
+from timm_rld.data.sampler import ReplaySampler
 from timm_rld.data.transforms import DraftTransform, ErasePixels, to_tensor
 from timm_rld.errors import SampleError, UserError
 
@@ -197,13 +198,13 @@ def test_erasing_fills_with_the_mean_colour_or_noise_around_it_and_leaves_the_re
 @pytest.mark.parametrize('batch', [1, 4, 5])
 def test_mixup_is_the_batch_rolled_by_one_and_replays(batch):
     pixels, target = torch.randint(0, 256, (batch, 3, 8, 8), dtype=torch.uint8), torch.arange(batch)
-    mix = Mixing(mixup=0.8, seed=3)
+    mix = Mixup(mixup=0.8, seed=3)
     mixed, t = mix(pixels, target, 2, 7)
     assert isinstance(t, MixedTarget) and mixed.dtype == torch.uint8
     assert torch.equal(t.b, target.roll(1)) and 0 <= t.lam <= 1
     expected = (t.lam * pixels.double() + (1 - t.lam) * pixels.roll(1, 0).double()).round()
     assert (mixed.double() - expected).abs().max() <= 1
-    again, t2 = Mixing(mixup=0.8, seed=3)(pixels, target, 2, 7)
+    again, t2 = Mixup(mixup=0.8, seed=3)(pixels, target, 2, 7)
     assert torch.equal(again, mixed) and t2.lam == t.lam
     assert mix(pixels, target, 2, 8)[1].lam != t.lam != mix(pixels, target, 3, 7)[1].lam
 
@@ -211,7 +212,7 @@ def test_mixup_is_the_batch_rolled_by_one_and_replays(batch):
 def test_cutmix_takes_a_box_whose_area_is_one_minus_lambda():
     pixels, target = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.arange(4)
     pixels += torch.arange(4, dtype=torch.uint8)[:, None, None, None]
-    mixed, t = Mixing(cutmix=1.0, seed=5)(pixels, target, 1, 0)
+    mixed, t = Mixup(cutmix=1.0, seed=5)(pixels, target, 1, 0)
     share = (mixed == pixels).float().mean().item()
     assert share == pytest.approx(t.lam, abs=1e-6) and 0 < share < 1
     assert set(mixed[0].unique().tolist()) == {0, 3}
@@ -219,10 +220,10 @@ def test_cutmix_takes_a_box_whose_area_is_one_minus_lambda():
 
 def test_mixing_can_end_and_can_be_off():
     pixels, target = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4)
-    assert Mixing()(pixels, target, 1, 0)[1] is target
-    mix = Mixing(mixup=1.0, off_epoch=3)
+    assert Mixup()(pixels, target, 1, 0)[1] is target
+    mix = Mixup(mixup=1.0, off_epoch=3)
     assert isinstance(mix(pixels, target, 2, 0)[1], MixedTarget) and mix(pixels, target, 3, 0)[1] is target
-    assert Mixing(mixup=1.0, prob=0.0)(pixels, target, 1, 0)[1] is target
+    assert Mixup(mixup=1.0, prob=0.0)(pixels, target, 1, 0)[1] is target
 
 
 # ------------------------------------------------------------------------------------------- JPEGs at reduced scale
@@ -230,7 +231,7 @@ def test_mixing_can_end_and_can_be_off():
 
 def jpegs(root, size: tuple[int, int], n: int = 4) -> str:
     """Folders of JPEGs with detail at several scales, and one PNG."""
-    from timm_rld.bench.data import draw_photograph
+    from timm_rld.bench.photographs import draw_photograph
 
     rng = np.random.default_rng(0)
     for i in range(n):

@@ -18,6 +18,7 @@ from torch import nn
 from timm_rld import DistillationTask, create_distill_loss, create_teacher, engine
 from timm_rld.config import Config, resolve
 from timm_rld.data import Loader, eval_transform, open_split
+from timm_rld.distributed import create_accelerator
 from timm_rld.errors import UsageError, UserError
 from timm_rld.loss import CRITERIA
 from train_distill import main
@@ -44,7 +45,7 @@ def test_each_step_is_the_mean_over_its_whole_group_the_last_incomplete_one_incl
     loader = make_loader(folder, 'train', 8, training=True, accum=4)
     trained, expected = network(), network()
     task = DistillationTask(trained, None, None)
-    accelerator = engine.create_accelerator(settings())
+    accelerator = create_accelerator()
     engine.fit(task, loader, make_loader(folder, 'validation', 8, training=False), accelerator,
                settings(channels_last=False), log_file=tmp_path / 'log.csv')  # fmt: skip
     loader.set_epoch(1)
@@ -53,7 +54,7 @@ def test_each_step_is_the_mean_over_its_whole_group_the_last_incomplete_one_incl
     for group in (batches[:4], batches[4:]):
         pixels, target = torch.cat([b[0] for b in group]), torch.cat([b[1] for b in group])
         expected.zero_grad()
-        nn.functional.cross_entropy(expected(task.view(pixels)), target).backward()
+        nn.functional.cross_entropy(expected(task.normalize(pixels)), target).backward()
         for p in expected.parameters():
             p.data -= 0.1 * p.grad
     for (name, p), q in zip(trained.named_parameters(), expected.parameters()):
@@ -63,8 +64,8 @@ def test_each_step_is_the_mean_over_its_whole_group_the_last_incomplete_one_incl
 @pytest.mark.parametrize('batch_size', [1, 7, 64])
 def test_evaluation_counts_every_image_once_at_any_batch_size(folder, batch_size):
     model = network().eval()
-    view = DistillationTask(model, None, None).view
-    accelerator = engine.create_accelerator(settings())
+    view = DistillationTask(model, None, None).normalize
+    accelerator = create_accelerator()
     loader = make_loader(folder, 'validation', batch_size, training=False)
     metrics, predicted = engine.evaluate(lambda p: model(view(p)), loader, accelerator)
     source = loader.source
@@ -84,7 +85,7 @@ def test_evaluation_counts_every_image_once_at_any_batch_size(folder, batch_size
 
 def test_an_evaluation_of_fewer_images_than_a_stream_declares_is_an_error_that_names_both_numbers(parquet):
     keys = dict(flag='--val-split', input_key='img', target_key='fine_label', num_classes=3)
-    accelerator = engine.create_accelerator(settings())
+    accelerator = create_accelerator()
     predict = lambda pixels: torch.zeros(len(pixels), 3)  # noqa: E731
 
     def judge(declared: int):
@@ -145,24 +146,24 @@ def test_an_optimizer_or_schedule_that_cannot_be_is_named(kwargs, error, message
 def test_processes_that_do_not_know_of_each_other_are_stopped(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(UserError, match='Accelerate knows of 1'):
-        engine.create_accelerator(settings())
+        create_accelerator()
 
 
 def test_trackers_are_checked_by_name_and_installation(monkeypatch):
     with pytest.raises(UsageError, match="--report-to tensorbord: unknown tracker .did you mean 'tensorboard'"):
-        engine.create_accelerator(settings(report_to=('tensorbord',)))
+        create_accelerator(report_to=('tensorbord',))
     monkeypatch.setattr('accelerate.tracking._available_trackers', [])
     with pytest.raises(UserError, match='--report-to wandb: not installed'):
-        engine.create_accelerator(settings(report_to=('wandb',)))
+        create_accelerator(report_to=('wandb',))
 
 
 def test_threads_are_the_cores_divided_by_local_processes_or_as_said(monkeypatch):
     before = torch.get_num_threads()
     try:
-        engine.create_accelerator(settings(cpu_threads=3))
+        create_accelerator(cpu_threads=3)
         assert torch.get_num_threads() == 3
         monkeypatch.setenv('LOCAL_WORLD_SIZE', '1000')
-        engine.create_accelerator(settings())
+        create_accelerator()
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -185,13 +186,13 @@ def test_with_batch_norm_the_exported_student_has_the_accuracy_that_two_processe
     assert done.returncode == 0, done.stderr
     row = next(csv.DictReader((tmp_path / 'bn' / 'summary.csv').open()))
     loader = make_loader(folder, 'validation', 8, training=False)
-    accelerator = engine.create_accelerator(settings())
+    accelerator = create_accelerator()
     for name, key in (('student', 'eval_loss'), ('student_ema', 'eval_loss_ema')):
         model = timm.create_model(f'local-dir:{tmp_path / "bn" / name}', pretrained=True).eval()
         config = timm.data.resolve_data_config({}, model=model)
         center = eval_transform((3, 32, 32), interpolation=config['interpolation'], crop_pct=config['crop_pct'])
         loader = Loader(loader.source, center, 8, training=False)
-        view = DistillationTask(model, None, None).view
+        view = DistillationTask(model, None, None).normalize
         metrics, _ = engine.evaluate(lambda pixels, m=model, v=view: m(v(pixels)), loader, accelerator)
         assert metrics['loss'] == pytest.approx(float(row[key]), rel=1e-4)
 
@@ -243,11 +244,11 @@ def test_every_criterion_trains(name, standardize, folder, trained_teacher, tmp_
 
 
 def test_what_a_criterion_learns_is_stepped_and_not_decayed(folder, trained_teacher, tmp_path):
-    teacher = create_teacher(f'local-dir:{trained_teacher}', 3, view_size=(32, 32))
+    teacher = create_teacher(f'local-dir:{trained_teacher}', 3, image_size=(32, 32))
     task = DistillationTask(network(), teacher, 'ctkd')
     theta = task.criterion.theta
     config = settings(lr=0.02, weight_decay=5.0, channels_last=False)
-    accelerator = engine.create_accelerator(config)
+    accelerator = create_accelerator(**config.arguments_of('create_accelerator'))
     loaders = make_loader(folder, 'train', 8, training=True), make_loader(folder, 'validation', 8, training=False)
     task.criterion.decay_epochs = 1e9  # λ near 0: only weight decay could move θ far
     engine.fit(task, *loaders, accelerator, config, log_file=tmp_path / 'log.csv')

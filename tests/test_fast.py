@@ -18,9 +18,9 @@ import timm_rld  # noqa: F401  (registers the CIFAR networks)
 from timm_rld import DistillationTask, create_distill_loss
 from timm_rld.config import Config, resolve
 from timm_rld.engine import create_optimizer, fit
-from timm_rld.fold import fold_batch_norms
 from timm_rld.loss import CRITERIA
-from timm_rld.pairing import InputView, Teacher, lay_out, weights_digest
+from timm_rld.pairing import Normalize, Teacher, to_memory_format, weights_digest
+from timm_rld.pairing.fold import fold_batch_norms
 
 # name, size of its images, and how many of its batch norms may be folded
 NETWORKS = [
@@ -46,12 +46,12 @@ def test_a_fast_teacher_says_the_same(name, size, count):
     teacher = Teacher(trained(name))
     pixels = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
     before, digest = teacher(pixels), weights_digest(teacher)
-    assert teacher.quicken((3, size, size)) == count
+    assert teacher.optimize_for_inference((3, size, size)) == count
     after = teacher(pixels)
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
     assert weights_digest(teacher) == digest, 'the digest stands for the weights as they were loaded'
     assert not any(p.requires_grad for p in teacher.parameters())
-    assert teacher.quicken((3, size, size)) == count  # again: nothing is left to fold
+    assert teacher.optimize_for_inference((3, size, size)) == count  # again: nothing is left to fold
 
 
 class Reused(nn.Module):
@@ -200,7 +200,7 @@ def test_the_search_for_wrong_folds_ends():
 
 def test_weights_of_five_dimensions_have_no_channels_last():
     model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv2d(1, 2, 3))
-    lay_out(model, torch.channels_last)
+    to_memory_format(model, torch.channels_last)
     assert model[1].weight.is_contiguous(memory_format=torch.channels_last) and model[0].weight.is_contiguous()
 
 
@@ -225,9 +225,9 @@ def test_the_fused_optimizer_does_what_the_plain_one_does(opt, memory_format):
 
 @pytest.mark.parametrize('name', ['rld', 'ctkd'])
 def test_compiled_with_its_criterion_a_step_has_the_same_loss_and_gradients(name):
-    view = InputView((0.5,) * 3, (0.25,) * 3)
+    view = Normalize((0.5,) * 3, (0.25,) * 3)
     networks = [nn.Sequential(nn.Flatten(), nn.Linear(48, 6)) for _ in range(2)]
-    task = DistillationTask(networks[0], Teacher(networks[1], view), name, view=view)
+    task = DistillationTask(networks[0], Teacher(networks[1], view), name, normalize=view)
     task.train()
     pixels, target = torch.randint(256, (8, 3, 4, 4), dtype=torch.uint8), torch.randint(6, (8,))
     figures = []
@@ -253,7 +253,7 @@ def test_fast_and_plain_a_step_has_the_same_loss_and_gradients(name):
     figures = []
     for fast in (False, True):
         if fast:
-            teacher.quicken((3, 32, 32))
+            teacher.optimize_for_inference((3, 32, 32))
             student.to(memory_format=torch.channels_last)
             pixels = pixels.to(memory_format=torch.channels_last)
         student.zero_grad()

@@ -21,9 +21,11 @@ import torch
 from safetensors import SafetensorError
 
 import train_distill
-from timm_rld import checkpoint, runs
-from timm_rld.checkpoint import Checkpoints
+from timm_rld import run_folder
+from timm_rld.engine import checkpoint, log
+from timm_rld.engine.checkpoint import Checkpoints
 from timm_rld.errors import run_main
+from timm_rld.files import write_atomic
 from timm_rld.task import DistillationTask
 from train_distill import main
 
@@ -86,7 +88,7 @@ def test_some_steps_in_a_row_may_be_left_out_and_are_counted(flags, tmp_path, mo
 
 
 def test_a_full_disk_is_named_and_the_checkpoint_before_stays_whole(flags, tmp_path, monkeypatch, capsys):
-    write, count = checkpoint._write, [0]
+    write, count = checkpoint.write_synced, [0]
 
     def full(path: Path, data: bytes) -> None:
         count[0] += 1
@@ -95,11 +97,11 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays_whole(flags, tmp_p
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    monkeypatch.setattr(checkpoint, '_write', full)
+    monkeypatch.setattr(checkpoint, 'write_synced', full)
     assert main(flags) == 1
     error = capsys.readouterr().err
     assert f'{tmp_path / "run" / "checkpoints"}: a checkpoint cannot be written (No space left on device)' in error
-    assert f'make room, then train_distill.py --resume {tmp_path / "run"} goes on: the one before is whole' in error
+    assert f'free some space, then train_distill.py --resume {tmp_path / "run"} continues from the one before' in error
     assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['student-epoch0001-end']
     assert Checkpoints(tmp_path / 'run' / 'checkpoints').newest('student').position.epoch == 1
 
@@ -108,11 +110,11 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays_whole(flags, tmp_p
     ('size', 'what', 'then'),
     [
         ('8k', '', ''),  # not even the settings
-        ('64k', '/checkpoints: a checkpoint', 'begins anew: there is none before it'),
-        ('4m', '/student', 'goes on'),  # the only checkpoint takes 3 MB, the student 1.5
+        ('64k', '/checkpoints: a checkpoint', 'starts again: there is none before it'),
+        ('4m', '/student', 'continues'),  # the only checkpoint takes 3 MB, the student 1.5
     ],
 )
-def test_a_full_disk_is_named_with_the_way_to_go_on(stable, flags, tmp_path, size, what, then):
+def test_a_full_disk_is_named_with_the_fix(stable, flags, tmp_path, size, what, then):
     disk = tmp_path / 'disk'
     disk.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', disk], capture_output=True).returncode:
@@ -122,7 +124,9 @@ def test_a_full_disk_is_named_with_the_way_to_go_on(stable, flags, tmp_path, siz
         victim = stable.start([*flags, '--output', str(disk)], tmp_path / 'log')
         assert victim.wait() == [1]
         said = f'{disk}/run{what} cannot be written (No space left on device); '
-        said += f'make room, then train_distill.py --resume {disk}/run {then}' if what else 'give another --output'
+        said += (
+            f'free some space, then train_distill.py --resume {disk}/run {then}' if what else 'give another --output'
+        )
         assert victim.output().count('error: ') == 1 and said in victim.output().splitlines()[-1]
         subprocess.run(['mount', '-o', 'remount,size=64m', disk], check=True)
         stable.run([*flags, '--output', str(disk), '--resume', 'auto'], tmp_path / 'log')
@@ -136,24 +140,27 @@ def test_a_full_disk_is_named_with_the_way_to_go_on(stable, flags, tmp_path, siz
 @pytest.mark.parametrize('file', ['summary.csv', 'student', 'results.json'])
 def test_what_does_not_fit_on_the_disk_is_written_by_resume(flags, tmp_path, monkeypatch, capsys, file):
     run = tmp_path / 'run'
-    write_whole = runs.write_whole
+    write_atomic = run_folder.write_atomic
 
     def full(path: Path, text: str) -> None:
         if path.name == file:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_whole(path, text)
+        write_atomic(path, text)
 
     def no_model(*_, **__) -> None:
         raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
 
     with monkeypatch.context() as disk:
-        disk.setattr(runs, 'write_whole', full)
+        disk.setattr(run_folder, 'write_atomic', full)
+        disk.setattr(log, 'write_atomic', full)
         if file == 'student':
             disk.setattr('timm.models.save_for_hf', no_model)
         assert main(flags) == 1
     where = run / 'student' if file == 'student' else run
-    said = f'error: {where} cannot be written (No space left on device); make room, then train_distill.py --resume '
-    assert f'{said}{run} goes on\n' in capsys.readouterr().err
+    said = (
+        f'error: {where} cannot be written (No space left on device); free some space, then train_distill.py --resume '
+    )
+    assert f'{said}{run} continues\n' in capsys.readouterr().err
     assert main(['--resume', str(run)]) == 0
     assert (run / file).exists() and (run / 'results.json').exists()
 
@@ -162,10 +169,10 @@ def test_a_file_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path, mo
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    runs.write_whole(tmp_path / 'x', 'before')
+    write_atomic(tmp_path / 'x', 'before')
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError):
-        runs.write_whole(tmp_path / 'x', 'after')
+        write_atomic(tmp_path / 'x', 'after')
     assert [p.read_text() for p in tmp_path.iterdir()] == ['before']
 
 
@@ -225,7 +232,7 @@ def test_a_folder_in_use_by_a_live_run_is_refused_and_free_once_it_is_killed(sta
     victim.wait()
     third = stable.start([*flags, '--epochs', '500', '--resume', 'auto'], tmp_path / 'third')
     deadline = time.monotonic() + 60
-    while 'student: going on in epoch' not in third.output():
+    while 'student: resuming in epoch' not in third.output():
         assert time.monotonic() < deadline, third.output()
         time.sleep(0.02)
     third.signal(signal.SIGKILL)

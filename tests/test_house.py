@@ -17,26 +17,44 @@ from timm_rld.loss import CRITERIA
 ROOT = Path(__file__).parent.parent
 # What each room may import from. The recipe may import from all.
 FLOORS = {
+    # 1
     'errors': set(),
-    'config': {'errors'},
+    'files': set(),
+    'offline': set(),
+    '_timm': set(),
+    # 2
+    'config': {'errors', 'files'},
+    'distributed': {'errors', 'files'},
+    'models': {'_timm'},
     'loss': {'errors'},
-    'hub': {'errors'},
-    'models': set(),
-    'data': {'errors', 'hub'},
-    'fold': set(),
-    'pairing': {'errors', 'fold', 'hub', 'models'},
-    'cache': {'errors', 'config', 'data', 'guard', 'pairing', 'runs'},
-    'task': {'cache', 'data', 'pairing', 'loss'},
-    'runs': {'config', 'errors'},
-    'guard': {'errors'},
-    'checkpoint': {'runs', 'errors'},
-    'engine': {'cache', 'checkpoint', 'guard', 'task', 'data', 'pairing', 'runs', 'config', 'errors'},
-    'bench': {'cache', 'config', 'data', 'engine', 'errors', 'hub', 'loss', 'models', 'pairing', 'runs', 'task'},
-    'report': {'errors'},
-    'push': {'report', 'hub', 'errors'},
-    'compare': {'config', 'errors', 'loss'},
-    '__main__': {'bench', 'cache', 'compare', 'push', 'report', 'config', 'errors', 'loss', 'models'},
-    '__init__': {'models', 'loss', 'pairing', 'task', 'data', 'hub', 'errors'},
+    'data': {'errors', 'offline', '_timm'},
+    'pairing': {'errors', 'offline', '_timm'},
+    'run_folder': {'errors', 'files'},
+    # 3
+    'task': {'data', 'pairing', 'loss'},
+    'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
+    'hub': {'errors', 'offline', 'config', 'run_folder'},
+    'resume': {'errors', 'config', 'distributed', 'data', 'run_folder'},
+    'compare': {'errors', 'files', 'config', 'loss'},
+    # 4
+    'engine': {
+        'errors',
+        'files',
+        'config',
+        'distributed',
+        'data',
+        'pairing',
+        'run_folder',
+        'task',
+        'cache',
+        'hub',
+    },
+    # 5
+    'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
+    # 6
+    '__main__': {'errors', 'config', 'loss', 'models', 'run_folder', 'cache', 'hub', 'compare', 'bench'},
+    # it loads each public name's room when the name is first used
+    '__init__': {'models'},
 }
 
 
@@ -75,6 +93,35 @@ def test_every_folder_of_code_is_in_the_wheel():
 
 def test_every_room_has_a_floor():
     assert {p.relative_to(ROOT / 'timm_rld').parts[0].removesuffix('.py') for p in modules()} <= set(FLOORS)
+
+
+def height(room: str) -> int:
+    return 1 + max(map(height, FLOORS[room]), default=0)
+
+
+def test_the_house_has_at_most_six_floors():
+    assert max(map(height, FLOORS)) <= 6
+
+
+def functions() -> list[tuple[str, int, int]]:
+    """Name, lines and arguments of each function of the package and the recipe."""
+    found = []
+    for path in [*modules(), ROOT / 'train_distill.py']:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.FunctionDef):
+                arguments = len(node.args.args) + len(node.args.kwonlyargs)
+                name = f'{path.relative_to(ROOT)}:{node.name}'
+                found.append((name, node.end_lineno - node.lineno + 1, arguments))
+    return found
+
+
+def test_a_function_can_be_read_in_one_sitting():
+    assert not [f for f in functions() if f[1] > (100 if f[0] == 'train_distill.py:run' else 80)]
+
+
+def test_a_function_of_the_training_rooms_can_be_called_without_looking():
+    rooms = ('timm_rld/engine/', 'timm_rld/pairing/', 'timm_rld/cache/')
+    assert not [f for f in functions() if f[2] > 12 and f[0].startswith(rooms)]
 
 
 def timed(code: str) -> tuple[float, str]:
@@ -174,10 +221,34 @@ def test_the_tools_alone_show_their_help(capsys):
 
 
 @pytest.mark.parametrize('name', list(CRITERIA))
-def test_the_readme_lists_each_criterion_as_its_row_has_it(name):
+def test_the_docs_list_each_criterion_as_its_row_has_it(name):
     row = CRITERIA[name]
-    (line,) = (x for x in (ROOT / 'README.md').read_text().splitlines() if x.startswith(f'| `{name}` | {row.summary}'))
+    page = (ROOT / 'docs' / 'criteria.md').read_text(encoding='utf-8')
+    (line,) = (x for x in page.splitlines() if x.startswith(f'| `{name}` | {row.summary}'))
     assert f'| {row.task_weight:g}, {row.distill_weight:g}' in line and row.paper in line
     assert f'ramp {row.warmup_epochs}' in line or not row.warmup_epochs
     assert all(f'{k}={str(v).replace(" ", "")}' in line for k, v in row.options.items())
-    assert f'`{row.imagenet}`' in (ROOT / 'README.md').read_text()
+    assert f'`{row.imagenet}`' in page or not row.imagenet
+
+
+def test_timms_private_names_are_in_one_file_for_the_version_that_they_were_checked_with():
+    import timm
+
+    from timm_rld import _timm
+
+    private = []
+    for path in [*modules(), ROOT / 'train_distill.py']:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('timm.'):
+                parts = [*node.module.split('.'), *(alias.name for alias in node.names)]
+                if any(part.startswith('_') for part in parts):
+                    private.append(path.name)
+    assert set(private) <= {'_timm.py'}
+    minor = timm.__version__.split('.')[:2]
+    assert minor == _timm.CHECKED_VERSION.split('.')[:2], 'check the names in _timm.py with this version of timm'
+    assert f'"timm>={_timm.CHECKED_VERSION},<' in (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+
+
+def test_importing_the_package_leaves_the_threads_of_the_host_alone():
+    code = 'import os; before = dict(os.environ); import timm_rld; assert dict(os.environ) == before'
+    timed(code)

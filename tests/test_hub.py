@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import _registry, register_model
 
-from timm_rld import export_model, hub
+from timm_rld import export_model, offline
 from timm_rld.hub import check_export
 
 CONFIG = dict(
@@ -158,12 +158,12 @@ def test_a_hub_that_does_not_answer_costs_at_most_three_seconds(monkeypatch):
     silent = socket.create_server(('127.0.0.1', 0))
     monkeypatch.setattr(constants, 'ENDPOINT', f'http://127.0.0.1:{silent.getsockname()[1]}')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    hub.hub_in_reach.cache_clear()
+    offline.hub_in_reach.cache_clear()
     started = time.perf_counter()
-    assert not hub.hub_in_reach() and constants.HF_HUB_OFFLINE
+    assert not offline.hub_in_reach() and constants.HF_HUB_OFFLINE
     assert time.perf_counter() - started < 4
     silent.close()
-    hub.hub_in_reach.cache_clear()
+    offline.hub_in_reach.cache_clear()
 
 
 def test_any_answer_of_the_hub_counts_as_in_reach(monkeypatch):
@@ -176,8 +176,8 @@ def test_any_answer_of_the_hub_counts_as_in_reach(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, 'ENDPOINT', f'http://127.0.0.1:{server.server_port}')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    hub.hub_in_reach.cache_clear()
-    assert hub.hub_in_reach() and not constants.HF_HUB_OFFLINE
+    offline.hub_in_reach.cache_clear()
+    assert offline.hub_in_reach() and not constants.HF_HUB_OFFLINE
     server.shutdown()
     server.server_close()
-    hub.hub_in_reach.cache_clear()
+    offline.hub_in_reach.cache_clear()

@@ -132,7 +132,7 @@ def test_a_published_file_loads_as_it_is(tmp_path, prefix):
     state = {prefix + k: v for k, v in original.state_dict().items()}
     torch.save({'epoch': 240, 'model': state, 'accuracy': 72.5}, file)
     direct = timm.create_model('cifar_resnet8', num_classes=100, checkpoint_path=str(file))
-    teacher = create_teacher('cifar_resnet8', 100, checkpoint=str(file), view_size=(32, 32))
+    teacher = create_teacher('cifar_resnet8', 100, checkpoint=str(file), image_size=(32, 32))
     for model in (direct, teacher.model):
         for (name, a), b in zip(model.state_dict().items(), original.state_dict().values()):
             assert torch.equal(a, b), name
@@ -142,7 +142,7 @@ def test_a_file_of_another_network_names_the_keys_that_differ(tmp_path):
     file = tmp_path / 'resnet14.pth'
     torch.save({'model': timm.create_model('cifar_resnet14').state_dict()}, file)
     with pytest.raises(UserError) as e:
-        create_teacher('cifar_resnet8', 100, checkpoint=str(file), view_size=(32, 32))
+        create_teacher('cifar_resnet8', 100, checkpoint=str(file), image_size=(32, 32))
     assert 'for --teacher cifar_resnet8: weights of another network (36 left over: layer1.1.conv1.weight, ' in str(
         e.value
     )
@@ -168,9 +168,9 @@ def test_a_teacher_of_another_scale_is_said(tmp_path):
     file = tmp_path / 'teacher.pth'
     torch.save(timm.create_model('cifar_resnet8').state_dict(), file)
     pair.teacher = create_teacher('cifar_resnet8', 100, checkpoint=str(file))
-    assert any('made for 32×32' in line and '--teacher-img-size 32' in line for line in audit(pair))
+    assert any('trained at 32×32' in line and '--teacher-img-size 32' in line for line in audit(pair))
     pair = create_student('cifar_resnet8', 100)
-    pair.teacher = create_teacher('cifar_resnet8', 100, checkpoint=str(file), view_size=(32, 32))
+    pair.teacher = create_teacher('cifar_resnet8', 100, checkpoint=str(file), image_size=(32, 32))
     assert audit(pair) == []
 
 
@@ -191,8 +191,8 @@ def test_twenty_steps_give_what_the_published_program_gives():
     criterion = create_distill_loss('rld', **{k: STEPS[k] for k in ('alpha', 'beta', 'temperature')})
     task = DistillationTask(student, Teacher(teacher), criterion, warmup_epochs=STEPS['warmup_epochs']).train()
     task.double()
-    task.teacher.view.mean.zero_(), task.teacher.view.std.fill_(1)  # the reference feeds both networks one tensor
-    task.view.mean.zero_(), task.view.std.fill_(1)
+    for normalize in (task.teacher.normalize, task.normalize):  # the reference feeds both networks one tensor
+        normalize.mean.zero_(), normalize.std.fill_(1)
     optimizer = create_optimizer(
         student,
         resolve(

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from timm_rld import Teacher, create_pair, create_student, create_teacher, export_model
 from timm_rld.errors import UserError
 from timm_rld.pairing import (
-    InputView,
+    Normalize,
     audit,
     check_accuracy,
-    input_view,
+    create_normalize,
     least_teacher_accuracy,
     load_weights,
     look_up,
@@ -59,42 +59,42 @@ def network(name: str) -> torch.nn.Module:
 def test_a_teacher_of_other_normalisation_and_size_gives_the_logits_it_gives_alone(name, norm):
     mean, std = norm
     model = network(name)
-    teacher = Teacher(model, input_view(model, mean=mean, std=std, view_size=(32, 32)))
+    teacher = Teacher(model, create_normalize(model, mean=mean, std=std, image_size=(32, 32)))
     x = PIXELS.float() / 255
     if name == VIT:
-        assert teacher.view.size == (224, 224)
+        assert teacher.normalize.size == (224, 224)
         x = F.interpolate(x, (224, 224), mode='bicubic', antialias=True)
     alone = model((x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
     assert torch.allclose(teacher(PIXELS), alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_fixed_size_teacher_that_sees_its_own_size_is_not_resized():
-    assert input_view(network(VIT), view_size=(224, 224)).size is None
-    assert input_view(timm.create_model('test_resnet'), view_size=(32, 32)).size is None
-    assert input_view(timm.create_model('test_resnet'), img_size=64, view_size=(32, 32)).size == (64, 64)
+    assert create_normalize(network(VIT), image_size=(224, 224)).size is None
+    assert create_normalize(timm.create_model('test_resnet'), image_size=(32, 32)).size is None
+    assert create_normalize(timm.create_model('test_resnet'), img_size=64, image_size=(32, 32)).size == (64, 64)
 
 
 @pytest.mark.parametrize('name', [VIT, 'test_vit'])
 def test_the_folder_of_a_resized_teacher_gives_the_logits_of_that_teacher(name, tmp_path):
     # the student's validation images are resized bilinearly, those of the teacher's network bicubically
-    pair = create_pair(name, 'cifar_resnet8', 7, fit_teacher=True, teacher_pretrained=False, img_size=64)
-    assert pair.teacher.view.interpolation != pair.data_config['interpolation']
+    pair = create_pair(name, 'cifar_resnet8', 7, train_teacher=True, teacher_pretrained=False, img_size=64)
+    assert pair.teacher.normalize.interpolation != pair.data_config['interpolation']
     export_model(pair.teacher.model, tmp_path / 't', data_config=pair.teacher_data_config)
     again = create_pair(f'local-dir:{tmp_path / "t"}', 'cifar_resnet8', 7, img_size=64).teacher
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    assert again.view.size == pair.teacher.view.size
+    assert again.normalize.size == pair.teacher.normalize.size
     assert torch.equal(again(pixels), pair.teacher(pixels))
 
 
 def test_the_folder_of_a_teacher_that_is_not_resized_has_the_preprocessing_of_its_images():
-    pair = create_pair('test_resnet', 'cifar_resnet8', 7, fit_teacher=True, teacher_pretrained=False, img_size=32)
-    assert pair.teacher.view.size is None
+    pair = create_pair('test_resnet', 'cifar_resnet8', 7, train_teacher=True, teacher_pretrained=False, img_size=32)
+    assert pair.teacher.normalize.size is None
     assert pair.teacher_data_config['interpolation'] == pair.data_config['interpolation']
 
 
-def test_a_view_and_its_inverse_agree():
-    view = InputView((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    assert torch.allclose(view.pixels(view(PIXELS)), PIXELS.float(), atol=1e-3)
+def test_a_normalisation_and_its_inverse_agree():
+    normalize = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    assert torch.allclose(normalize.inverse(normalize(PIXELS)), PIXELS.float(), atol=1e-3)
 
 
 def test_a_teacher_stays_frozen_in_eval_mode_whatever_is_called(trained_teacher):
@@ -122,7 +122,7 @@ def test_the_head_of_a_teacher_whose_features_are_a_list_works_in_float32_too(na
         for parameter in teacher.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))  # heads may begin at zero
         with torch.autocast('cpu', torch.bfloat16):
-            logits, features = teacher(PIXELS), teacher.model.forward_features(teacher.view(PIXELS))
+            logits, features = teacher(PIXELS), teacher.model.forward_features(teacher.normalize(PIXELS))
         assert isinstance(features, list) and len(features) > 1
         expected = teacher.model.forward_head([f.float() for f in features])
     assert logits.dtype == torch.float32 and torch.equal(logits, expected)
@@ -134,8 +134,8 @@ def test_the_head_of_a_teacher_whose_features_are_a_list_works_in_float32_too(na
 
 def test_a_model_folder_keeps_its_own_normalisation(trained_teacher):
     teacher = create_teacher(f'local-dir:{trained_teacher}', 3)
-    assert (teacher.view.mean.flatten() / 255).tolist() == pytest.approx([0.4, 0.5, 0.6])
-    assert (teacher.view.std.flatten() / 255).tolist() == pytest.approx([0.2, 0.25, 0.3])
+    assert (teacher.normalize.mean.flatten() / 255).tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert (teacher.normalize.std.flatten() / 255).tolist() == pytest.approx([0.2, 0.25, 0.3])
 
 
 @pytest.mark.parametrize('form', ['safetensors', 'bare', 'state_dict', 'model', 'module.', 'of timm train.py'])
@@ -168,15 +168,15 @@ def test_a_checkpoints_head_is_refused_too(weights):
 
 
 def test_published_weights_out_of_reach_are_an_error_at_once_that_offers_from_scratch():
-    for kwargs in (dict(num_classes=1000), dict(num_classes=7, to_fit=True)):
+    for kwargs in (dict(num_classes=1000), dict(num_classes=7, to_train=True)):
         message = refused('resnet34', **kwargs)
         assert 'published weights cannot be reached (no network)' in message and '--no-teacher-pretrained' in message
-    assert create_teacher('resnet10t', 7, to_fit=True, pretrained=False).model.num_classes == 7
+    assert create_teacher('resnet10t', 7, to_train=True, pretrained=False).model.num_classes == 7
 
 
 def test_a_network_without_published_weights_is_fitted_from_scratch_and_otherwise_refused():
     name = next(n for n in timm.list_models('resnet*') if not timm.models.get_pretrained_cfg(n).has_weights)
-    assert create_teacher(name, 7, to_fit=True).model.num_classes == 7
+    assert create_teacher(name, 7, to_train=True).model.num_classes == 7
     assert 'no weights are published for it' in refused(name, 1000)
     assert '--no-teacher-pretrained leaves it random' in refused('resnet34', 1000, pretrained=False)
 
@@ -319,14 +319,14 @@ def test_a_teacher_that_is_fitted_or_has_a_file_of_weights_need_not_have_the_ord
     trained_teacher, weights
 ):
     name = f'local-dir:{trained_teacher}'
-    assert create_teacher(name, 3, class_names=CLASSES[::-1], to_fit=True).class_map is None
-    assert create_teacher(name, 4, class_names=['pear', 'a', 'b', 'c'], to_fit=True).class_map is None
+    assert create_teacher(name, 3, class_names=CLASSES[::-1], to_train=True).class_map is None
+    assert create_teacher(name, 4, class_names=['pear', 'a', 'b', 'c'], to_train=True).class_map is None
     assert create_teacher(name, 3, class_names=CLASSES[::-1], checkpoint=str(weights[0])).class_map is None
 
 
 def test_flags_that_contradict_a_fit_are_refused(weights):
-    assert 'leave it out' in refused('test_resnet', 3, to_fit=True, pretrained=False, class_map='auto')
-    assert 'choose one of the two' in refused('test_resnet', 3, to_fit=True, checkpoint=str(weights[0]))
+    assert 'leave it out' in refused('test_resnet', 3, to_train=True, pretrained=False, class_map='auto')
+    assert 'choose one of the two' in refused('test_resnet', 3, to_train=True, checkpoint=str(weights[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- audit
@@ -339,7 +339,7 @@ def test_the_audit_says_where_the_two_differ(trained_teacher):
     lines = '\n'.join(audit(pair))
     assert 'normalisation (mean): teacher 0.4 0.5 0.6, student' in lines and "2 of the teacher's 3 outputs" in lines
     same = create_student('test_resnet', 3, img_size=32)
-    same.teacher = Teacher(same.student, same.view)
+    same.teacher = Teacher(same.student, same.normalize)
     assert audit(same) == []
 
 

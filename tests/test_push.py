@@ -16,10 +16,12 @@ import yaml
 from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 
-from timm_rld import push, report
 from timm_rld.__main__ import main as tools
 from timm_rld.errors import UserError
-from timm_rld.report import BEGIN, END, merge_card, public_command, public_settings, read_run
+from timm_rld.hub import card as cards
+from timm_rld.hub import push
+from timm_rld.hub.card import BEGIN, END, merge_card, public_command, public_settings
+from timm_rld.run_folder import read_run
 from train_distill import main
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +92,7 @@ def test_a_pushed_student_loads_anywhere_with_the_same_logits_and_preprocessing(
 
 
 def test_the_card_says_what_a_user_wants_to_know_and_nothing_private_is_pushed(hub, run, folder):
-    push.push_run(run, 'me/student', say=lambda _: None)
+    push.push_run(run, 'me/student', log=lambda _: None)
     files = hub.files('me/student')
     card = files['README.md'].decode()
     header = yaml.safe_load(card.split('---\n')[1])
@@ -129,7 +131,7 @@ def test_names_show_in_the_card_as_they_are_whatever_html_or_markdown_they_hold(
     settings = {**finished.settings, 'data_dir': str(tmp_path / name), 'val_split': name, 'teacher': name}
     results = {**finished.results, 'command': shlex.join(['train_distill.py', '--val-split', name])}
     strange = dataclasses.replace(finished, settings=settings, results=results)
-    section = report.card_section(strange, 'me/student', 'last', False)
+    section = cards.card_section(strange, 'me/student', 'last', False)
     assert f'On the split {code} of {text}, each image' in section
     assert f'learned from {code} by `rld` distillation on {text}, with timm_rld.' in section
     assert f'- Teacher: {code}' in section
@@ -137,7 +139,7 @@ def test_names_show_in_the_card_as_they_are_whatever_html_or_markdown_they_hold(
     fence = before.rpartition('\n')[2]
     assert command.startswith(f'{shlex.join(shlex.split(results["command"]))}\n{fence}\n')
     assert fence not in name and len(fence) >= 3
-    card = merge_card(None, report.card_header(strange, 'me/student', 'apache-2.0', 'last'), section)
+    card = merge_card(None, cards.card_header(strange, 'me/student', 'apache-2.0', 'last'), section)
     header = card.split('\n---\n')[0]
     assert '<' not in header
     dataset = yaml.safe_load(header.removeprefix('---\n'))['model-index'][0]['results'][0]['dataset']
@@ -146,7 +148,7 @@ def test_names_show_in_the_card_as_they_are_whatever_html_or_markdown_they_hold(
 
 @pytest.mark.parametrize(('weights', 'file'), [('ema', 'student_ema'), ('last', 'student')])
 def test_the_weights_that_were_asked_for_are_pushed(hub, run, weights, file):
-    push.push_run(run, 'me/student', hub_weights=weights, say=lambda _: None)
+    push.push_run(run, 'me/student', hub_weights=weights, log=lambda _: None)
     assert hub.files('me/student')['model.safetensors'] == (run / file / 'model.safetensors').read_bytes()
 
 
@@ -161,7 +163,7 @@ def test_the_best_weights_come_from_their_checkpoint(hub, run, tmp_path):
     best = next(p for p in (copy / 'checkpoints').iterdir() if 'epoch0003' not in p.name)
     results['best_epoch'] = int(best.name[13:17])
     (copy / 'results.json').write_text(json.dumps(results))
-    push.push_run(copy, 'me/student', hub_weights='best', say=lambda _: None)
+    push.push_run(copy, 'me/student', hub_weights='best', log=lambda _: None)
     pushed = load(hub.files('me/student')['model.safetensors'])
     expected = load((best / 'model.safetensors').read_bytes())
     assert all(torch.equal(v, expected[k]) for k, v in pushed.items())
@@ -171,11 +173,11 @@ def test_the_best_weights_come_from_their_checkpoint(hub, run, tmp_path):
 
 
 def test_several_pushes_are_a_commit_each_and_keep_what_a_person_wrote(hub, run):
-    push.push_run(run, 'me/student', say=lambda _: None)
+    push.push_run(run, 'me/student', log=lambda _: None)
     card = hub.files('me/student')['README.md'].decode()
     mine = card.replace('license: apache-2.0', 'license: mit').replace(END, END + '\n\nAnd a word of mine.')
     hub.commits['me/student'].append(('by hand', {**hub.files('me/student'), 'README.md': mine.encode()}))
-    push.push_run(run, 'me/student', hub_weights='ema', say=lambda _: None)
+    push.push_run(run, 'me/student', hub_weights='ema', log=lambda _: None)
     again = hub.files('me/student')['README.md'].decode()
     assert [m.split(',')[0] for m, _ in hub.commits['me/student']] == [
         'initial commit', 'last weights', 'by hand', 'ema weights'
@@ -207,10 +209,10 @@ def test_what_a_person_wrote_around_the_marks_is_never_deleted(mine):
 
 
 def test_the_header_of_a_person_is_filled_in_and_its_figures_renewed():
-    card = merge_card('\ufeff---  \r\nlicense: mit\r\ntags: [mine]\r\nmodel-index: [0]\r\n---\r\nText', HEADER, SECTION)
+    card = merge_card('\ufeff---\r\nlicense: mit\r\ntags: [mine]\r\nmodel-index: [0]\r\n---\r\nText', HEADER, SECTION)
     header = yaml.safe_load(card.split('---\n')[1])
     assert header == {'library_name': 'timm', 'license': 'mit', 'tags': ['mine', 'timm'], 'model-index': [1]}
-    with pytest.raises(UserError, match='not valid YAML; mend or delete README.md'):
+    with pytest.raises(UserError, match='not valid YAML; fix or delete README.md'):
         merge_card('---\na: [\n---\n', HEADER, SECTION)
 
 
@@ -229,7 +231,7 @@ def test_the_header_of_a_person_is_filled_in_and_its_figures_renewed():
 def test_a_fault_that_lasts_is_one_clear_line_and_names_the_way_out(hub, run, faults, message):
     hub.faults = faults
     with pytest.raises(UserError) as e:
-        push.push_run(run, 'me/student', say=lambda _: None)
+        push.push_run(run, 'me/student', log=lambda _: None)
     assert str(e.value).startswith(message) and TOKEN not in str(e.value)
     if 'commit' in str(faults):
         again = f'again: timm-rld push {run} --hub-model-id me/student --hub-weights last --hub-license apache-2.0'
@@ -250,7 +252,7 @@ def test_a_fault_that_lasts_is_one_clear_line_and_names_the_way_out(hub, run, fa
 )
 def test_a_fault_that_passes_is_tried_again(hub, run, faults):
     hub.faults = {k: list(v) for k, v in faults.items()}
-    push.push_run(run, 'me/student', say=lambda _: None)
+    push.push_run(run, 'me/student', log=lambda _: None)
     assert hub.faults == {k: [] for k in faults}
     assert hub.files('me/student')['model.safetensors'] == (run / 'student' / 'model.safetensors').read_bytes()
 
@@ -316,8 +318,8 @@ def test_pushes_while_training_goes_on_leave_no_folder_behind_and_no_warning(tmp
     (tmp_path / 'args.yaml').write_text('epochs: 1')
     code = f"""
 from pathlib import Path
-from timm_rld.push import BackgroundPush
-settings = dict(hub_strategy='best', hub_model_id='me/x', hub_private_repo=False, hub_license='mit', hub_weights='last')
+from timm_rld.hub import BackgroundPush
+settings = dict(hub_strategy='best', hub_model_id='me/x', hub_license='mit', hub_weights='last')
 def export(student, folder):
     assert folder.parent.is_dir()
     print(folder.parent)
@@ -335,7 +337,7 @@ def test_a_cifar_network_asks_for_timm_rld_first(hub, folder, tmp_path):
         '--no-teacher-pretrained', '--teacher-epochs', '1', '--min-teacher-acc', '0', '--epochs', '1', '-b', '8',
         '--workers', '0', '--output', str(tmp_path), '--experiment', 'run',
     ]) == 0  # fmt: skip
-    push.push_run(tmp_path / 'run', 'me/cifar', say=lambda _: None)
+    push.push_run(tmp_path / 'run', 'me/cifar', log=lambda _: None)
     lines = hub.files('me/cifar')['README.md'].decode().partition('```python\n')[2].partition('```')[0]
     assert lines.startswith('import timm_rld')
     Image.new('RGB', (40, 40)).save(tmp_path / 'image.png')
@@ -367,7 +369,7 @@ def test_a_folder_that_is_no_finished_run_is_named(tmp_path, capsys):
 
 def test_without_matplotlib_the_card_has_no_picture(hub, run, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    assert report.curve_png(read_run(run).history) is None
-    push.push_run(run, 'me/student', say=lambda _: None)
+    assert cards.curve_png(read_run(run).history) is None
+    push.push_run(run, 'me/student', log=lambda _: None)
     assert 'curve.png' not in hub.files('me/student')
     assert 'curve.png' not in hub.files('me/student')['README.md'].decode()

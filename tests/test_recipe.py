@@ -136,7 +136,7 @@ def test_a_teacher_of_other_size_normalisation_and_classes_is_taken(tiny, tmp_pa
     ]
     assert main([*argv, '--teacher-class-map', 'auto']) == 0
     out = capsys.readouterr().out
-    assert 'the teacher sees the 32×32 view resized to 224×224' in out and "3 of the teacher's 4 outputs" in out
+    assert 'the teacher sees the 32×32 images resized to 224×224' in out and "3 of the teacher's 4 outputs" in out
     assert 'normalisation (mean): teacher 0.25 0.25 0.25' in out
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_rld import DistillationTask, MixedTarget, Teacher, create_distill_loss, create_teacher
 from timm_rld.loss import CRITERIA
-from timm_rld.pairing import input_view
+from timm_rld.pairing import create_normalize
 
 PIXELS = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
 TARGET = torch.tensor([0, 2, 1, 2])
@@ -17,7 +17,7 @@ TARGET = torch.tensor([0, 2, 1, 2])
 
 @pytest.fixture
 def teacher(trained_teacher) -> Teacher:
-    return create_teacher(f'local-dir:{trained_teacher}', 3, view_size=(32, 32))
+    return create_teacher(f'local-dir:{trained_teacher}', 3, image_size=(32, 32))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_loss_is_the_weighted_sum_of_cross_entropy_and_the_ramped_criterion(
     task = DistillationTask(student, teacher, name, warmup_epochs=4)
     task.set_epoch(3)
     out = task(PIXELS, TARGET)
-    logits = student(input_view(student)(PIXELS))
+    logits = student(create_normalize(student)(PIXELS))
     ce = nn.functional.cross_entropy(logits, TARGET)
     kd = create_distill_loss(name)(logits, teacher(PIXELS), TARGET)
     assert out['task_loss'].item() == pytest.approx(ce.item(), rel=1e-5)
@@ -65,7 +65,7 @@ def test_weights_given_win_over_the_rows(student, teacher):
 def test_it_drops_into_timms_own_loop_on_normalised_floats(student, teacher):
     task = DistillationTask(student, teacher, create_distill_loss('rld'))
     from_pixels = task(PIXELS, TARGET)
-    out = task(input_view(student)(PIXELS), TARGET)
+    out = task(create_normalize(student)(PIXELS), TARGET)
     assert out['kd_loss'].item() == pytest.approx(from_pixels['kd_loss'].item(), rel=1e-4)
     out['loss'].backward()
     assert all(p.grad is not None for p in student.parameters())

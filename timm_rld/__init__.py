@@ -11,12 +11,6 @@ import os
 import sys
 from typing import Any
 
-# Before torch loads: a thread of GNU OpenMP that waits spins a hundredth as long before it sleeps. On idle cores that
-# is as fast (no spinning at all costs an eighth); beside another program a step takes two thirds of the time.
-SPINCOUNT = '3000'
-if 'OMP_WAIT_POLICY' not in os.environ:
-    os.environ.setdefault('GOMP_SPINCOUNT', SPINCOUNT)
-
 
 def _is_command_line() -> bool:
     """Whether this process is `timm-rld VERB` or `python -m timm_rld VERB`, of which few need timm or torch."""

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from .bench import BENCHMARKS, benchmark
-from .config import Parser, list_recipes
+from .config import Config, Parser, list_recipes
 from .errors import UsageError, UserError, run_main
 
 
@@ -18,8 +18,6 @@ def list_things(what: str, pattern: str) -> None:
         print(describe_criteria())
     elif what == 'models':
         from timm import list_models
-
-        from . import models  # noqa: F401  (in timm's registry)
 
         print('\n'.join(list_models(f'*{pattern}*' if pattern and '*' not in pattern else pattern)))
     else:
@@ -53,14 +51,11 @@ def verify_cache(args: argparse.Namespace) -> None:
 
 def push(args: argparse.Namespace) -> None:
     """Push a finished run."""
-    from .push import SETTINGS, push_run
-    from .report import read_run
+    from .hub import push_run
+    from .run_folder import read_run
 
-    settings = read_run(args.folder).settings
-    for name in SETTINGS:  # as the run would have
-        if not getattr(args, name):
-            setattr(args, name, settings[name])
-    push_run(args.folder, **{name: getattr(args, name) for name in SETTINGS})
+    settings = Config(**read_run(args.folder).settings).arguments_of('push_run')  # as the run would have
+    push_run(args.folder, **{name: getattr(args, name) or value for name, value in settings.items()})
 
 
 def parse(argv: list[str]) -> None:
@@ -83,7 +78,7 @@ def parse(argv: list[str]) -> None:
         'compare', help='one pair under several criteria and seeds', allow_abbrev=False,
         usage='timm-rld compare --criteria NAME … --seeds N … --output DIR --teacher NAME --student NAME '
         '[flags of train_distill.py]',
-        description='All else equal; the teacher is fitted once and shared. Interrupted, it goes on where it was.',
+        description='The teacher is trained once and shared. After an interruption the same command continues.',
     )  # fmt: skip
     verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['none', 'kd', 'dkd', 'rld'],
                       help="default: none kd dkd rld; options after a colon: 'rld:beta=2,temperature=1'")  # fmt: skip
@@ -122,6 +117,8 @@ def parse(argv: list[str]) -> None:
     args.flags = rest
     if rest and args.verb != 'compare':
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
+    if args.verb != 'list' or args.what == 'models':
+        from . import models  # noqa: F401  (in timm's registry; the other lists need neither timm nor torch)
     args.run(args)
 
 

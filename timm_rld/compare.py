@@ -1,10 +1,11 @@
-"""Criteria held against each other: one pair, several criteria and seeds, everything else equal."""
+"""Criteria compared: one pair, several criteria and seeds, everything else equal."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import FIELDS, Config, flag_of, load_yaml, parse_args, resolve, to_yaml, write_whole
+from .config import FIELDS, Config, flag_of, load_yaml, marked, parse_args, resolve, to_yaml
 from .errors import Stopped, UsageError, UserError, writing
+from .files import write_atomic
 from .loss import choose_criterion
 
 # 97.5% quantiles of Student's t for 1, 2, … degrees of freedom
@@ -30,9 +32,7 @@ _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-_OWN = ('output', 'experiment', 'distill', 'seed', 'resume')
 _COLUMNS = ('criterion', 'seed', 'top1', 'top1_best', 'teacher_top1', 'agreement', 'images_per_second', 'run')
-_OF_CRITERION = ('standardize', 'task_loss_weight', 'distill_loss_weight', 'distill_warmup_epochs')
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def parse_variant(text: str) -> Variant:
             if value.lower() not in ('true', 'false'):
                 raise UsageError(f'--criteria {text}: standardize must be true or false, got {value}')
             flags += ['--standardize' if value.lower() == 'true' else '--no-standardize']
-        elif key in _OF_CRITERION:
+        elif key in marked('belongs_to', 'distill'):
             flags += [flag_of(key), value]
         else:
             options.append(item)
@@ -85,13 +85,13 @@ def compare(
     output: str | Path,
     *,
     launcher: str = '',
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Run a pair under several criteria and seeds, each as `python -m train_distill`, and write tables of the results.
 
-    A teacher that has to be fitted is fitted once, with the first seed, and shared. Where a run fails the others go on,
-    and the tables are made of those that there are. Runs that are complete are not repeated, so that the same call goes
-    on with an interrupted comparison, or repeats what failed, and a criterion or a seed can be added.
+    A teacher that has to be trained is trained once, with the first seed, and shared. Where a run fails the others
+    continue, and the tables are made of those that there are. Runs that are complete are not repeated, so that the same
+    call continues an interrupted comparison, or repeats what failed, and a criterion or a seed can be added.
 
     Args:
         criteria: names, or with options (:func:`parse_variant`).
@@ -99,14 +99,14 @@ def compare(
         flags: of `train_distill.py`, for all runs alike.
         output: folder of the runs, `compare.md`, `compare.csv` and `compare.json`.
         launcher: a command in place of `python`, e.g. `accelerate launch --num_processes 2`.
-        say: prints a line.
+        log: prints a line.
 
     Returns:
         What compare.json holds: also, as `failed`, the criterion, seed and reason of each run that failed.
 
     Raises:
         UsageError: settings that contradict each other.
-        UserError: where the teacher's fit failed, or the folder holds another comparison or cannot be written.
+        UserError: where the teacher's training failed, or the folder holds another comparison or cannot be written.
         Stopped: after SIGTERM or SIGINT.
     """
     output = Path(output).expanduser()
@@ -115,13 +115,13 @@ def compare(
     variants = [parse_variant(c) for c in criteria]
     _claim(output, config)
     launch = [*(shlex.split(launcher) or [sys.executable]), '-m', 'train_distill']
-    fits_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
+    train_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
     jobs = [(v, s, output / f'{_slug(v.label)}-seed{s}') for s in seeds for v in variants]
-    say(f'{len(jobs)} run(s) in {output}' + (', and a teacher for all' if fits_teacher else ''))
+    log(f'{len(jobs)} run(s) in {output}' + (', and a teacher for all' if train_teacher else ''))
     common = flags
-    if fits_teacher:
+    if train_teacher:
         folder = output / 'teacher'
-        _run([*launch, *flags, '--epochs', '0', '--seed', str(seeds[0])], folder, 'the teacher', say)
+        _run([*launch, *flags, '--epochs', '0', '--seed', str(seeds[0])], folder, 'the teacher', log)
         common = [*flags, '--teacher', f'local-dir:{folder / "teacher"}', '--teacher-epochs', '0',
                   '--teacher-pretrained']  # fmt: skip
     rows, failed, versions = [], [], {}
@@ -129,11 +129,11 @@ def compare(
         command = [*launch, *common, *variant.flags, '--seed', str(seed)]
         if config.teacher_cache is not None:  # the images of another seed are others
             command += ['--teacher-cache', str(Path(config.teacher_cache) / f'seed-{seed}')]
-        name = f'{variant.label} seed {seed}'
+        name, log_run = f'{variant.label} seed {seed}', functools.partial(_log_numbered, log, f'[{n}/{len(jobs)}]')
         try:
-            results = _run(command, folder, name, lambda text, n=n: say(f'[{n}/{len(jobs)}] {text}'))
+            results = _run(command, folder, name, log_run)
         except UserError as e:
-            say(f'[{n}/{len(jobs)}] {e}')
+            log_run(str(e))
             failed.append({'criterion': variant.label, 'seed': seed, 'reason': str(e), 'run': folder.name})
             continue
         versions = results['versions']
@@ -152,17 +152,17 @@ def compare(
     writer.writeheader()
     writer.writerows(rows)
     with writing(f'--output: {output}'):
-        write_whole(output / 'compare.json', json.dumps(found, indent=2, ensure_ascii=False))
-        write_whole(output / 'compare.csv', table.getvalue())
-        write_whole(output / 'compare.md', markdown(found))
+        write_atomic(output / 'compare.json', json.dumps(found, indent=2, ensure_ascii=False))
+        write_atomic(output / 'compare.csv', table.getvalue())
+        write_atomic(output / 'compare.md', markdown(found))
     return found
 
 
 def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """For each criterion: last and best top-1 (mean, and deviation over seeds), gain over `none`, and how much better
-    RLD is on the same seed: the mean difference with its 95% confidence interval (Student's t). Differences are over
-    the seeds that both have. With one seed there is no deviation and no interval, without a run there is no figure:
-    they are None.
+    """Return for each criterion: last and best top-1 (mean, and deviation over seeds), gain over `none`, and how much
+    better RLD is on the same seed: the mean difference with its 95% confidence interval (Student's t). Differences are
+    over the seeds that both have. With one seed there is no deviation and no interval, without a run there is no
+    figure: they are None.
 
     Args:
         rows: a dict a run, with `criterion`, `seed`, `top1`, `top1_best`, `agreement`, `images_per_second`.
@@ -188,8 +188,8 @@ def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list
     return found
 
 
-def _difference(a: dict[int, dict], b: dict[int, dict]) -> tuple[float | None, float | None]:
-    """Mean of a - b over their common seeds, and half the width of its 95% interval; None without them."""
+def _difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> tuple[float | None, float | None]:
+    """Return the mean of a - b over their common seeds, and half the width of its 95% interval; None without them."""
     mean, std = _mean_std([a[s]['top1'] - b[s]['top1'] for s in a if s in b])
     n = len(set(a) & set(b))
     return mean, None if std is None else (_T[n - 2] if n - 2 < len(_T) else 1.96) * std / math.sqrt(n)
@@ -200,7 +200,7 @@ def _mean_std(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The tables of a comparison as Markdown."""
+    """Return the tables of a comparison as Markdown."""
     seeds = found['seeds']
     teachers = {r['teacher_top1'] for r in found['runs'] if r['teacher_top1'] is not None}
     teacher = f' (top-1 {teachers.pop():.2f})' if len(teachers) == 1 else ''
@@ -245,14 +245,14 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _check(criteria: Sequence[str], seeds: Sequence[int], flags: list[str]) -> Config:
-    """The settings that all runs share."""
+    """Return the settings that all runs share."""
     for what, values in (('--criteria', criteria), ('--seeds', seeds)):
         if not values:
             raise UsageError(f'{what}: name at least one')
         if twice := [v for i, v in enumerate(values) if v in values[:i]]:
             raise UsageError(f'{what}: {twice[0]} is there twice')
     config = parse_args(flags)
-    for name in _OWN:
+    for name in marked('per_run'):
         if getattr(config, name) != FIELDS[name].default and flag_of(name) in {f.partition('=')[0] for f in flags}:
             raise UsageError(
                 f'{flag_of(name)}: is chosen for each run; see --criteria, --seeds and --output of compare'
@@ -266,14 +266,14 @@ def _check(criteria: Sequence[str], seeds: Sequence[int], flags: list[str]) -> C
 
 
 def _claim(output: Path, config: Config) -> None:
-    """Keep the settings in the folder, so that runs under others are never put into one table."""
+    """Write the settings into the folder, so that runs under others are never put into one table."""
     file = output / 'settings.yaml'
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             if any(output.iterdir()):
                 raise UserError(f'--output {output}: is not empty; name another folder')
-            write_whole(file, to_yaml(config))
+            write_atomic(file, to_yaml(config))
     except OSError as e:
         raise UserError(f'--output {output}: cannot be written ({e.strerror})') from e
     there = load_yaml(str(file), '--output')
@@ -285,7 +285,7 @@ def _claim(output: Path, config: Config) -> None:
             )
 
 
-def _run(command: list[str], folder: Path, title: str, say: Callable[[str], None]) -> dict[str, Any]:
+def _run(command: list[str], folder: Path, title: str, log: Callable[[str], None]) -> dict[str, Any]:
     """Run one training to its end, or read the results of one that is complete.
 
     Raises:
@@ -293,52 +293,56 @@ def _run(command: list[str], folder: Path, title: str, say: Callable[[str], None
     """
     done = folder / 'results.json'
     if done.exists():
-        say(f'{title}: already there')
+        log(f'{title}: already there')
         return _read_results(done)
-    log = folder.with_name(f'{folder.name}.log')
+    log_file = folder.with_name(f'{folder.name}.log')
     started = time.perf_counter()
     command = [*command, '--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
     with contextlib.ExitStack() as stack:
-        with writing(f'{title} failed: {log}'):
-            f = stack.enter_context(log.open('ab'))
+        with writing(f'{title} failed: {log_file}'):
+            f = stack.enter_context(log_file.open('ab'))
         begin = f.tell()
         code = _wait(subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ))
     if code or not done.exists():
         how = f'was ended by {signal.Signals(-code).name}' if code < 0 else f'failed with code {code}'
-        raise UserError(f'{title} {how}: {_last_words(log.read_bytes()[begin:])} (its output: {log})')
+        raise UserError(f'{title} {how}: {_last_words(log_file.read_bytes()[begin:])} (its output: {log_file})')
     results = _read_results(done)
     top1 = results.get('student_top1', results['teacher_top1'])
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
-    say(f'{title}: top-1 {top1:.2f} ({minutes}:{seconds:02})')
+    log(f'{title}: top-1 {top1:.2f} ({minutes}:{seconds:02})')
     return results
+
+
+def _log_numbered(log: Callable[[str], None], number: str, text: str) -> None:
+    log(f'{number} {text}')
 
 
 def _read_results(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
-        raise UserError(f'{file}: is damaged; delete it to have the run finished anew') from e
+        raise UserError(f'{file}: is damaged; delete it to have the run repeated') from e
 
 
 def _last_words(output: bytes) -> str:
-    """The error that a program ended with, else its last line."""
-    said = output.decode(errors='replace').strip()
-    said = said.rpartition('error: ')[2] if 'error: ' in said else said.rpartition('\n')[2]
-    return ' '.join(said.split()) or 'it said nothing'
+    """Return the error that a program ended with, else its last line."""
+    text = output.decode(errors='replace').strip()
+    text = text.rpartition('error: ')[2] if 'error: ' in text else text.rpartition('\n')[2]
+    return ' '.join(text.split()) or 'no output'
 
 
-def _wait(process: subprocess.Popen) -> int:
-    """The exit code of a run. It is told to stop when we are, and then has time for a checkpoint."""
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Return the exit code of a run. A signal to us is passed on, and the run then has time for a checkpoint."""
 
-    def told(number: int, _: object) -> None:
-        raise Stopped('stopped by SIGTERM; the same command goes on', 128 + number)
+    def stop(number: int, _: object) -> None:
+        raise Stopped('stopped by SIGTERM; the same command continues', 128 + number)
 
-    before = signal.signal(signal.SIGTERM, told)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         return process.wait()
     except KeyboardInterrupt:  # which the run has got too
         process.wait()
-        raise Stopped('interrupted; the same command goes on', 130) from None
+        raise Stopped('interrupted; the same command continues', 130) from None
     except BaseException:
         process.terminate()
         process.wait()

@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message names the flag or file, the value, and the way out."""
+"""The errors a user can cause. Each message names the flag or file, the value, and the fix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(ValueError):
-    """Something a user can mend: a missing folder, a teacher that does not fit. The program exits with code 1."""
+    """Something a user can fix: a missing folder, a teacher that does not fit. The program exits with code 1."""
 
     exit_code = 1
 
@@ -31,14 +31,14 @@ class WriteError(UserError):
 
 
 class SampleError(UserError):
-    """An image, label or kept logit that cannot be read: known to one process (or its worker) only, which tells it."""
+    """An image, label or cached logit that cannot be read: known to one process (or its worker), which prints it."""
 
 
 class Stopped(Exception):
-    """A run that ends before its end, though nothing went wrong: it was told to stop, or had finished before.
+    """A run that stops early without an error: it received a signal, or had finished before.
 
     Args:
-        message: how to go on.
+        message: how to continue.
         exit_code: 128 and the signal's number, or 0.
     """
 
@@ -54,21 +54,21 @@ def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
 
 
 def is_not_plain(error: Exception) -> bool:
-    """Whether torch did not load a file because it holds more than tensors and plain values. What torch itself says
-    then, to load it nevertheless, would run whatever code is in it."""
+    """Return whether torch did not load a file because it holds more than tensors and plain values. torch's own advice,
+    to load it nevertheless, would run whatever code is in it."""
     return isinstance(error, pickle.UnpicklingError) or 'weights_only' in str(error)
 
 
 @contextlib.contextmanager
 def writing(what: object, then: str = '') -> Iterator[None]:
-    """Whatever the disk refuses in this context is told with the way out.
+    """Turn errors of the disk in this context into a :class:`WriteError` with the fix.
 
     Args:
         what: cannot be written: a path, or words that name it.
-        then: how to go on once that is mended.
+        then: how to continue after the fix.
 
     Raises:
-        WriteError: `WHAT cannot be written (No space left on device); make room, then THEN`.
+        WriteError: `WHAT cannot be written (No space left on device); free some space, then THEN`.
     """
     then = f', then {then}' if then else ''
     try:
@@ -76,12 +76,12 @@ def writing(what: object, then: str = '') -> Iterator[None]:
     except WriteError as e:
         raise WriteError(f'{e}{then}') from e
     except OSError as e:
-        way_out = 'make room' if e.errno in (errno.ENOSPC, errno.EDQUOT) else 'mend that'
-        raise WriteError(f'{what} cannot be written ({e.strerror or e}); {way_out}{then}') from e
+        fix = 'free some space' if e.errno in (errno.ENOSPC, errno.EDQUOT) else 'fix that'
+        raise WriteError(f'{what} cannot be written ({e.strerror or e}); {fix}{then}') from e
 
 
 def _ignore_further_workers() -> None:
-    """torch raises an error out of nowhere for each loader worker that dies; once the first is being told, no more."""
+    """torch raises an error at any point for each loader worker that dies; ignore those after the first."""
     while True:
         try:
             if hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread():

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from timm.loss import create_classification_loss
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from .data.mixing import MixedTarget
+from .data import MixedTarget
+from .data.replay import ReplayDataset
 from .loss import CRITERIA, DistillLoss, create_distill_loss
-from .pairing import InputView, Teacher, input_view
+from .pairing import Normalize, Teacher, create_normalize
 
-if TYPE_CHECKING:
-    from .cache import TeacherCache
+
+class CachedLogits(Protocol):
+    """What the task and :func:`timm_rld.engine.fit` ask of a cache of the teacher's logits
+    (:class:`timm_rld.cache.TeacherCache`)."""
+
+    def logits(
+        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[[], Tensor] | None = None
+    ) -> Tensor: ...
+
+    def flush(self) -> None: ...
+
+    def end_epoch(
+        self, epoch: int, left_out: Sequence[int], dataset: ReplayDataset, compute: Callable[[Tensor], Tensor] | None
+    ) -> None: ...
 
 
 class DistillationTask(TrainingTask):
@@ -23,8 +36,8 @@ class DistillationTask(TrainingTask):
 
     The ramp is min(epoch / warmup_epochs, 1), epoch 1-based, once :meth:`set_epoch` has been called.
 
-    It takes batches in two forms. uint8 pixels `[B, C, H, W]` are normalised for each network by its own view. Floating
-    inputs are taken as normalised for the student, as in timm's own loop, and are turned into the teacher's
+    It takes batches in two forms. uint8 pixels `[B, C, H, W]` are normalised for each network by its own normalisation.
+    Floating inputs are taken as normalised for the student, as in timm's own loop, and are turned into the teacher's
     normalisation.
 
     Args:
@@ -33,7 +46,7 @@ class DistillationTask(TrainingTask):
         criterion: from :func:`create_distill_loss`, or its name. None for cross-entropy alone.
         task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row.
         smoothing: label smoothing of the cross-entropy.
-        view: of the student; None for that of its `pretrained_cfg`.
+        normalize: of the student; None for that of its `pretrained_cfg`.
         cache: of the teacher's logits; the teacher may then be None.
         device, dtype, verbose: as in timm.
 
@@ -51,8 +64,8 @@ class DistillationTask(TrainingTask):
         distill_loss_weight: float | None = None,
         warmup_epochs: int | None = None,
         smoothing: float = 0.0,
-        view: InputView | None = None,
-        cache: TeacherCache | None = None,
+        normalize: Normalize | None = None,
+        cache: CachedLogits | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = False,
@@ -73,28 +86,31 @@ class DistillationTask(TrainingTask):
         self.trainable_module = student
         self.teacher = teacher
         self.cache = cache
-        self.view = view if view is not None else input_view(student)
+        self.normalize = normalize if normalize is not None else create_normalize(student)
         self.criterion = criterion
         self.task_criterion = create_classification_loss('ce', smoothing=smoothing)
         self.ramp = 1.0
         self.to(self.device)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the task, and a criterion that changes over the run, the epoch (1-based)."""
+        """Set the epoch (1-based), for the ramp and for a criterion that changes over the run."""
         self.ramp = min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
-        if hasattr(self.criterion, 'set_epoch'):
-            self.criterion.set_epoch(epoch)
+        set_epoch = getattr(self.criterion, 'set_epoch', None)
+        if set_epoch is not None:
+            set_epoch(epoch)
 
     def criterion_parameters(self) -> list[nn.Parameter]:
-        """Parameters that the criterion learns, for the optimizer (without weight decay). With several processes their
-        gradients must be averaged by whoever steps: they are not in the student's DDP."""
+        """Return the parameters that the criterion learns, for the optimizer (without weight decay). With several
+        processes their gradients must be averaged by whoever steps: they are not in the student's DDP."""
         if not isinstance(self.criterion, nn.Module):
             return []
         return [p for p in self.criterion.parameters() if p.requires_grad]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The criterion's state, for checkpoints; empty where it learns nothing."""
-        return {'criterion': self.criterion.state_dict()} if self.criterion_parameters() else {}
+        """Return the criterion's state, for checkpoints; empty where it learns nothing."""
+        if not isinstance(self.criterion, nn.Module) or not self.criterion_parameters():
+            return {}
+        return {'criterion': self.criterion.state_dict()}
 
     def load_task_state(
         self,
@@ -104,44 +120,53 @@ class DistillationTask(TrainingTask):
         ema: bool = False,
     ) -> None:
         """Load what :meth:`get_task_state` returned."""
-        if self.criterion_parameters() and (state or strict):
+        if isinstance(self.criterion, nn.Module) and self.criterion_parameters() and (state or strict):
             self.criterion.load_state_dict((state or {})['criterion'], strict=strict)
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> DistillationTask:
+    def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> DistillationTask:
         """Wrap the student in DDP, and not the teacher."""
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )
         return self
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # as in timm's TrainingTask
+        self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
         """Compile the forward passes of student and teacher, and the criterion."""
-        kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
-        self.trainable_module = torch.compile(self.trainable_module, **kwargs)
+        kwargs: dict[str, Any] = dict(backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = cast(nn.Module, torch.compile(self.trainable_module, **kwargs))
         self.eval_model = self.trainable_module
         if self.teacher is not None:
             self.teacher.compile(**kwargs)
-        if self.criterion is not None:
+        if isinstance(self.criterion, nn.Module):
             self.criterion.compile(**kwargs)
         return self.trainable_module
 
-    def teach(
+    def teacher_logits(
         self, input: Tensor, target: Tensor | None = None, indices: Tensor | None = None, epoch: int | None = None
     ) -> Tensor | None:
-        """The teacher's logits `[B, C]` for an input of :meth:`forward`; None where nothing is distilled.
+        """Return the teacher's logits `[B, C]` for an input of :meth:`forward`; None where nothing is distilled.
 
         Args:
             target, indices, epoch: with a cache: classes and indices of the images, and the epoch (1-based).
+
+        Raises:
+            ValueError: with a cache, where one of these is not given.
         """
         if self.criterion is None:
             return None
 
-        def ask() -> Tensor:
-            return self.teacher(self.view.pixels(input) if input.is_floating_point() else input)
+        teacher: Any = self.teacher  # None only beside a cache, which is not given compute() then
+
+        def compute() -> Tensor:
+            return teacher(self.normalize.inverse(input) if input.is_floating_point() else input)
 
         if self.cache is None:
-            return ask()
-        return self.cache.logits(epoch, indices, target, ask if self.teacher is not None else None)
+            return compute()
+        if target is None or indices is None or epoch is None:
+            raise ValueError('a cache of logits needs the classes and indices of the images, and the epoch')
+        return self.cache.logits(epoch, indices, target, compute if teacher is not None else None)
 
     def forward(
         self, input: Tensor, target: Tensor | MixedTarget, teacher_logits: Tensor | None = None
@@ -152,27 +177,28 @@ class DistillationTask(TrainingTask):
             input: uint8 pixels, or floats normalised for the student, `[B, C, H, W]`.
             target: class indices `[B]`. Of mixed images a :class:`MixedTarget`: then each loss is
                 λ · L(a) + (1-λ) · L(b), since a criterion like RLD needs the class, not a soft target.
-            teacher_logits: `[B, C]`, where they are known already; None: the teacher is asked.
+            teacher_logits: `[B, C]`, where they are known already; None: they are computed.
 
         Returns:
             `loss` (for backward), `output` (student logits `[B, C]`), `task_loss` (cross-entropy), `kd_loss` (the
             criterion, before weight and ramp) and the criterion's diagnostics; all but `output` are 0-d.
         """
-        output = self.trainable_module(input if input.is_floating_point() else self.view(input))
+        output = self.trainable_module(input if input.is_floating_point() else self.normalize(input))
         logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
         task_loss = _mixed(target, lambda index: self.task_criterion(logits, index))
         result = {'loss': self.task_loss_weight * task_loss, 'output': output, 'task_loss': task_loss.detach()}
-        if self.criterion is None:
+        criterion = self.criterion
+        if criterion is None:
             return result
         if teacher_logits is None:
-            teacher_logits = self.teach(input)
-        if isinstance(target, MixedTarget) and not getattr(self.criterion, 'needs_target', True):
+            teacher_logits = self.teacher_logits(input)
+        if isinstance(target, MixedTarget) and not getattr(criterion, 'needs_target', True):
             target = target.a
         figures: list[dict[str, Tensor]] = []
 
         def distill(index: Tensor) -> Tensor:
-            loss = self.criterion(logits, teacher_logits, index)
-            figures.append(getattr(self.criterion, 'diagnostics', {}))
+            loss = criterion(logits, teacher_logits, index)
+            figures.append(getattr(criterion, 'diagnostics', {}))
             return loss
 
         kd_loss = _mixed(target, distill)
@@ -180,7 +206,7 @@ class DistillationTask(TrainingTask):
         result['kd_loss'] = kd_loss.detach()
         for name, figure in figures[0].items():
             other = figures[-1][name]
-            result[name] = figure if len(figures) == 1 else other.lerp(figure, target.lam)
+            result[name] = other.lerp(figure, target.lam) if isinstance(target, MixedTarget) else figure
         return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UsageError, UserError
 from ..loss import CRITERIA, create_distill_loss, get_criterion
-from ._measure import interleaved, markdown, peak_memory
+from .measure import interleaved, markdown, peak_memory
 
 LOSS_SHAPES = ((64, 100), (256, 1000), (64, 21841))
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     for name in args.criteria or ():
         if get_criterion(name).cls is None:
             raise UsageError(f'--criteria {name}: distils nothing')
@@ -48,7 +48,7 @@ def bench_loss(
 ) -> list[dict[str, float | str]]:
     """Time (forward and backward, median) and peak extra memory of every criterion, beside `kd` and cross-entropy.
 
-    The runs of all criteria at a shape are interleaved, so that a change of the machine's pace hits all alike.
+    The runs of all criteria at a shape are interleaved, so that variation in machine speed affects all alike.
 
     Args:
         names: of criteria; None for all.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
+import functools
 import io
 import statistics
 import tempfile
@@ -12,24 +14,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache import TeacherCache
 from ..config import Config, parse_args, resolve
-from ..data import LOADER_SETTINGS, SPLIT_SETTINGS, Source, create_loaders, open_splits
-from ..data.replay import Step
-from ..engine import create_accelerator, create_optimizer, fit, quicken, wants_channels_last
+from ..data import Source, Step, create_loaders, open_splits
+from ..data.loader import Batch
+from ..distributed import create_accelerator
+from ..engine import create_optimizer, fit, optimize_for_inference, wants_channels_last
+from ..engine.log import PARTS
 from ..errors import UsageError
 from ..loss import choose_criterion
 from ..pairing import Pair, Teacher, create_student, look_up
-from ..runs import PARTS
 from ..task import DistillationTask
-from ._measure import markdown
-from .data import write_photographs
+from .measure import markdown
+from .photographs import write_photographs
 
 LOADER_SECONDS = 8.0
 
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Tables as Markdown, a line of ratios and advice under each."""
+    """Return tables as Markdown, with a line of ratios and advice under each."""
     least = {'img_size': 1, 'batch_size': 2, 'rounds': 1, 'steps': 1, 'num_classes': 2 if args.num_classes else None}
     for name, lowest in least.items():
         values = getattr(args, name)
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> str:
     workers = parse_args(['--workers', args.workers]).workers
     for flag, name in (('--teacher', args.teacher), ('--student', args.student)):
         look_up(name, flag)
-    texts = []
+    texts: list[str] = []
     for classes in args.num_classes or [1000 if args.img_size >= 128 else 100]:
         found = bench_step(
             args.teacher, args.student, num_classes=classes, rounds=args.rounds, steps=args.steps,
@@ -112,7 +115,7 @@ def bench_step(
     channels_last: bool | None = None,
     rounds: int = 5,
     steps: int = 5,
-    workers: int | str = 'auto',
+    workers: int | Literal['auto'] | None = 'auto',
     data_dir: str | None = None,
     loader: bool = True,
 ) -> Found:
@@ -120,7 +123,7 @@ def bench_step(
     with the teacher and with a cache of its logits.
 
     Networks have random weights, which cost what trained ones do. Before each epoch of the loop come the student alone
-    on the same batches and logits (S) and the teacher alone (T), so that a change of the machine's pace hits all alike.
+    on the same batches and logits (S) and the teacher alone (T), so that variation in machine speed affects all alike.
 
     Args:
         rounds, steps: the loop's epochs, and batches in each; before them, one epoch that does not count.
@@ -135,35 +138,19 @@ def bench_step(
             log_interval=10**9, teacher_cache=None,
         )
     )  # fmt: skip
-    accelerator = create_accelerator(config)
+    accelerator = create_accelerator(**config.arguments_of('create_accelerator'))
     config.mixed_precision = accelerator.mixed_precision
     torch.manual_seed(0)
     pair = create_student(student, num_classes, img_size=img_size)
     network = create_student(teacher, num_classes, img_size=img_size)
-    pair.teacher = Teacher(network.student, network.view, name=teacher)
-    quicken(pair, accelerator, config)
+    pair.teacher = Teacher(network.student, network.normalize, name=teacher)
+    optimize_for_inference(pair, accelerator, config)
     criterion = choose_criterion(distill, False, {})[1]
 
     batches = _batches(steps, batch_size, pair.data_config['input_size'], num_classes)
     alone = _Alone(pair, copy.deepcopy(criterion), batches, accelerator, config)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        source = Source(range(steps * batch_size), 'train', num_classes, None, False, 'RGB')
-        settings = dict(teacher_cache=f'{folder}/cache', teacher_cache_views=1)
-        cached = _with(config, **settings)
-        cache = TeacherCache(cached, accelerator, source, source)
-        cache.open(pair.data_config, teacher=pair.teacher)
-        for i, (_, target, indices) in enumerate(batches):
-            cache.logits(1, indices, target, lambda i=i: alone.logits[i].cpu())
-        loops, histories = {}, {}
-        for name, kwargs, c in (('online', {}, config), ('cached', {'cache': cache}, cached)):
-            task = DistillationTask(
-                copy.deepcopy(pair.student), None if kwargs else pair.teacher, copy.deepcopy(criterion), view=pair.view,
-                task_loss_weight=1.0, distill_loss_weight=1.0, warmup_epochs=0, **kwargs,
-            )  # fmt: skip
-            loops[name] = _InMemory(batches, batch_size, alone.all if name == 'online' else alone.student, accelerator)
-            validation = _InMemory(batches[:1], batch_size)
-            log = Path(folder) / 'log.csv'
-            histories[name] = fit(task, loops[name], validation, accelerator, c, log_file=log)[1:]
+        loops, histories = _run_loops(pair, criterion, batches, alone, accelerator, config, Path(folder))
     seconds = {
         f'student alone, with {distill} on logits in memory (S)': statistics.median(alone.times['student']),
         f'{distill} alone': statistics.median(alone.times['criterion']),
@@ -189,9 +176,38 @@ def bench_step(
     )
 
 
+def _run_loops(
+    pair: Pair, criterion: Any, batches: list[Batch], alone: _Alone, accelerator: Accelerator, config: Config,
+    folder: Path,
+) -> tuple[dict[str, _InMemory], dict[str, list[dict[str, float]]]]:  # fmt: skip
+    """Run the loop `online` and `cached`. Returns the loaders, with their times, and the rows of the logs."""
+    classes, size = pair.num_classes, len(batches[0][1])
+    source = Source(range(len(batches) * size), 'train', classes, None, False, 'RGB')
+    cached = dataclasses.replace(config, teacher_cache=f'{folder}/cache', teacher_cache_views=1)
+    cache = TeacherCache(
+        accelerator=accelerator, train=source, val=source, data_config=pair.data_config, depends_on={},
+        arguments=cached.arguments_of_each('open_splits', 'create_loaders', 'create_teacher'), train_teacher=True,
+        **cached.arguments_of('TeacherCache'),
+    )  # fmt: skip
+    cache.open(teacher=pair.teacher)
+    for i, (_, target, indices) in enumerate(batches):
+        cache.logits(1, indices, target, alone.logits[i].cpu)
+    loops: dict[str, Any] = {}
+    histories: dict[str, list[dict[str, float]]] = {}
+    for name, used, c in (('online', None, config), ('cached', cache, cached)):
+        task = DistillationTask(
+            copy.deepcopy(pair.student), None if used else pair.teacher, copy.deepcopy(criterion), cache=used,
+            normalize=pair.normalize, task_loss_weight=1.0, distill_loss_weight=1.0, warmup_epochs=0,
+        )  # fmt: skip
+        loops[name] = _InMemory(batches, size, alone.all if name == 'online' else alone.student, accelerator)
+        validation: Any = _InMemory(batches[:1], size)
+        histories[name] = fit(task, loops[name], validation, accelerator, c, log_file=folder / 'log.csv')[1:]
+    return loops, histories
+
+
 def describe(found: Found) -> str:
-    """The table, the ratios, where the time goes, and advice."""
-    rows = [
+    """Return the table, the ratios, where the time goes, and advice."""
+    rows: list[dict[str, float | str]] = [
         {'part': name, 'ms': 1000 * seconds, 'images/s': found.batch_size / seconds}
         for name, seconds in found.seconds.items()
     ]
@@ -216,13 +232,6 @@ def describe(found: Found) -> str:
     return '\n'.join(lines)
 
 
-def _with(config: Config, **changes: Any) -> Config:
-    config = copy.copy(config)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
-
-
 def _batches(count: int, batch_size: int, size: tuple[int, ...], classes: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
@@ -243,16 +252,20 @@ class _Alone:
         times: seconds of each step so far, by part.
     """
 
-    def __init__(self, pair: Pair, criterion: Any, batches: list, accelerator: Accelerator, config: Config) -> None:
-        self.teacher, self.view, self.accelerator = copy.deepcopy(pair.teacher), copy.deepcopy(pair.view), accelerator
+    def __init__(
+        self, pair: Pair, criterion: Any, batches: list[Batch], accelerator: Accelerator, config: Config
+    ) -> None:
+        assert pair.teacher is not None
+        self.teacher, self.accelerator = copy.deepcopy(pair.teacher), accelerator
+        self.normalize = copy.deepcopy(pair.normalize)
         self.device = accelerator.device
         self.network, self.criterion = copy.deepcopy(pair.student).to(self.device).train(), criterion.to(self.device)
-        self.view.to(self.device)
+        self.normalize.to(self.device)
         self.format = torch.channels_last if wants_channels_last(config, accelerator) else torch.contiguous_format
         self.network.to(memory_format=self.format)
         self.optimizer = create_optimizer(self.network, config)
         if config.torchcompile:
-            self.network = torch.compile(self.network)
+            self.network = cast(nn.Module, torch.compile(self.network))
             self.teacher.compile()
             self.criterion.compile()
         self.batches = [(p.to(self.device), t.to(self.device)) for p, t, _ in batches]
@@ -278,14 +291,14 @@ class _Alone:
         def step(i: int) -> None:
             pixels, target = self.batches[i]
             with self.accelerator.autocast():
-                logits = self.network(self.view(pixels.to(memory_format=self.format))).float()
+                logits = self.network(self.normalize(pixels.to(memory_format=self.format))).float()
                 loss = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
                 loss = loss + self.criterion(logits, self.logits[i], target)
             self.accelerator.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        self._timed('student', [lambda i=i: step(i) for i in range(len(self.batches))], count)
+        self._timed('student', [functools.partial(step, i) for i in range(len(self.batches))], count)
 
     def all(self, count: bool) -> None:
         """A round of each."""
@@ -295,8 +308,8 @@ class _Alone:
             self.criterion(logits, self.logits[i - 1], self.batches[i][1]).backward()
 
         self.student(count)
-        self._timed('teacher', [lambda p=p: self._ask(p) for p, _ in self.batches], count)
-        self._timed('criterion', [lambda i=i: criterion(i) for i in range(len(self.batches))], count)
+        self._timed('teacher', [functools.partial(self._ask, p) for p, _ in self.batches], count)
+        self._timed('criterion', [functools.partial(criterion, i) for i in range(len(self.batches))], count)
 
 
 class _InMemory:
@@ -312,19 +325,20 @@ class _InMemory:
 
     def __init__(
         self,
-        batches: list,
+        batches: list[Batch],
         batch_size: int,
         before: Callable[[bool], None] = lambda _: None,
         accelerator: Accelerator | None = None,
     ) -> None:
         self.batches, self.batch_size, self.before = batches, batch_size, before
-        self.updates_per_epoch, self.epoch, self.times = len(batches), 0, []
+        self.updates_per_epoch, self.epoch = len(batches), 0
+        self.times: list[float] = []
         self.wait = torch.cuda.synchronize if accelerator and accelerator.device.type == 'cuda' else lambda: None
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def set_epoch(self, epoch: int, start: int = 0, view: int | None = None) -> None:
+    def set_epoch(self, epoch: int, start: int = 0, augmentation_epoch: int | None = None) -> None:
         self.epoch = epoch
 
     def step(self, batch: int) -> Step:
@@ -344,12 +358,12 @@ class _InMemory:
                 self.times.append(time.perf_counter() - started)
 
     def step_seconds(self) -> float:
-        """Median."""
+        """Return the median of the steps that count."""
         return statistics.median(self.times)
 
 
 def _ratio(loop: _InMemory, alone: dict[str, list[float]], steps: int) -> tuple[float, float, float]:
-    """A loop's step beside the parts that it cannot do without: median, lowest and highest of the rounds."""
+    """Return the time of a loop's step divided by that of its parts: median, lowest and highest of the rounds."""
     rounds = range(0, len(loop.times), steps)
 
     def medians(times: list[float]) -> list[float]:
@@ -361,14 +375,15 @@ def _ratio(loop: _InMemory, alone: dict[str, list[float]], steps: int) -> tuple[
 
 
 def _loader(config: Config, pair: Pair, data_dir: str | None) -> float:
-    """Seconds for a batch of the training loader alone, with the augmentation of a run."""
+    """Return the seconds for a batch of the training loader alone, with the augmentation of a run."""
+    assert config.img_size is not None and config.batch_size is not None  # bench_step() gives them
     with tempfile.TemporaryDirectory() as made:
         if data_dir is None:
             side = max(32, min(500, 2 * config.img_size))
             for split in ('train', 'validation'):
                 write_photographs(Path(made) / split, 2 * config.batch_size, (side, side * 3 // 4))
-        splits = open_splits(**config.pick(*SPLIT_SETTINGS) | {'data_dir': data_dir or made, 'num_classes': None})
-        loader = create_loaders(*splits, pair.data_config, **config.pick(*LOADER_SETTINGS))[0]
+        splits = open_splits(**config.arguments_of('open_splits') | {'data_dir': data_dir or made, 'num_classes': None})
+        loader = create_loaders(*splits, pair.data_config, **config.arguments_of('create_loaders'))[0]
         count, epoch, started = 0, 0, None
         while started is None or time.perf_counter() - started < LOADER_SECONDS:
             epoch += 1

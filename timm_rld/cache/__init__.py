@@ -1,13 +1,13 @@
-"""A teacher's logits on disk: computed once for the first K epochs' views of a dataset, then read.
+"""A teacher's logits on disk: computed once for the images of the first K epochs, then read.
 
 DIR/cache.json                   what the logits depend on, and how to compute them again
-DIR/view-0001.safetensors …      a row for each training image, as the student sees it in epoch 1, …
+DIR/epoch-0001.safetensors …     a row for each training image, as it is augmented in epoch 1, …
 DIR/validation-….safetensors     a row for each validation image, as the student sees it
 """
 
-from ._rows import DTYPES, Rows, rounded
-from .facts import Purpose, weights_file
-from .teacher import TeacherCache
+from .key import CacheKey
+from .rows import DTYPES, Rows, rounded
+from .teacher_cache import TeacherCache
 from .verify import verify
 
-__all__ = ['DTYPES', 'Purpose', 'Rows', 'TeacherCache', 'rounded', 'verify', 'weights_file']
+__all__ = ['CacheKey', 'DTYPES', 'rounded', 'Rows', 'TeacherCache', 'verify']

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import SampleError, UserError
-from .replay import STREAM, ReplayDataset, ReplaySampler, ReplayStream, Step, derive_seed
+from .replay import STREAM, ReplayDataset, ReplayStream, derive_seed
+from .sampler import ReplaySampler, Step
 from .sources import Source
 from .transforms import Transform, eval_transform, train_transform
 
@@ -54,8 +55,8 @@ class Loader:
         self.source, self.batch_size, self.world, self.accum, self.seed = source, batch_size, world, accum, seed
         self.training = training
         self.generator = torch.Generator()
-        common = dict(
-            num_workers=workers, pin_memory=pin_memory, generator=self.generator, worker_init_fn=_leave_the_group
+        common: dict[str, Any] = dict(
+            num_workers=workers, pin_memory=pin_memory, generator=self.generator, worker_init_fn=_leave_process_group
         )
         if source.streamed:
             readers = max(1, workers) * world
@@ -82,26 +83,26 @@ class Loader:
                 **common,
             )
 
-    def set_epoch(self, epoch: int, start: int = 0, view: int | None = None) -> None:
+    def set_epoch(self, epoch: int, start: int = 0, augmentation_epoch: int | None = None) -> None:
         """The next iteration gives epoch ``epoch`` (1-based), from batch ``start`` (0-based) on.
 
         Args:
-            view: the epoch whose augmented images are seen; None for its own.
+            augmentation_epoch: the epoch whose augmented images are seen; None for its own.
 
         Raises:
-            UserError: for another view of a streamed split.
+            UserError: for another augmentation epoch of a streamed split.
         """
         self.generator.manual_seed(derive_seed(STREAM, self.seed, epoch) & 0x7FFFFFFFFFFFFFFF)
         if self.sampler is not None:
-            self.sampler.set_epoch(epoch, start, view)
+            self.sampler.set_epoch(epoch, start, augmentation_epoch)
         else:
             assert start == 0, 'a stream starts at its start'
-            if view not in (None, epoch):
-                raise UserError('--teacher-cache-views: the images of a streamed dataset cannot be seen again')
+            if augmentation_epoch not in (None, epoch):
+                raise UserError('--teacher-cache-views: the images of a streamed dataset cannot be repeated')
             self.stream.set_epoch(epoch)
 
     def step(self, batch: int) -> Step:
-        """What batch number ``batch`` (0-based) of the epoch counts."""
+        """Return what batch number ``batch`` (0-based) of the epoch counts."""
         if self.sampler is not None:
             return self.sampler.step(batch)
         group = min(self.accum, len(self) - batch // self.accum * self.accum)
@@ -115,7 +116,7 @@ class Loader:
 
     @property
     def declared(self) -> int | None:
-        """Images that a streamed split says it holds, whoever reads them; None where they can be counted."""
+        """Images that a streamed split declares to hold; None where they can be counted."""
         return self.source.declared
 
     @property
@@ -155,9 +156,9 @@ class Loader:
             )
 
 
-def _leave_the_group(_: int) -> None:
-    """A Ctrl-C or a scheduler's signal to the whole process group is for the training process: its workers go on, so
-    that it can end its step."""
+def _leave_process_group(_: int) -> None:
+    """A Ctrl-C or a scheduler's signal to the whole process group is for the training process: its workers keep
+    running, so that it can end its step."""
     if hasattr(os, 'setpgrp'):
         os.setpgrp()
 
@@ -180,7 +181,7 @@ def create_loaders(
     jpeg_draft: bool = False,
     **augmentation: Any,
 ) -> tuple[Loader, Loader]:
-    """The loaders of a run: augmented training batches, and validation batches as the student will be used.
+    """Return the loaders of a run: augmented training batches, and validation batches as the student will be used.
 
     Args:
         data_config: the student's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
@@ -193,7 +194,7 @@ def create_loaders(
             f'(the split has {len(train)} images for {world} process(es))'
         )
     c = data_config
-    place = dict(seed=seed, rank=rank, world=world, workers=workers, pin_memory=pin_memory)
+    place: dict[str, Any] = dict(seed=seed, rank=rank, world=world, workers=workers, pin_memory=pin_memory)
     augment = train_transform(
         c['input_size'], mean=c['mean'], std=c['std'], interpolation=train_interpolation, jpeg_draft=jpeg_draft,
         **augmentation,

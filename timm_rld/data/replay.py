@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import SampleError
 from .sources import Source
@@ -43,7 +42,7 @@ def seed_generators(*key: int) -> None:
 
 @contextlib.contextmanager
 def keep_generators() -> Iterator[None]:
-    """After the block the three generators go on as before it (without workers dropout shares torch's)."""
+    """After the block the three generators continue as before it (without workers dropout shares torch's)."""
     python, numpy, torch_ = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
         yield
@@ -55,14 +54,14 @@ def keep_generators() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Within the block the generators follow from ``key``; afterwards they go on as before."""
+    """Within the block the generators follow from ``key``; afterwards they continue as before."""
     with keep_generators():
         seed_generators(*key)
         yield
 
 
-class ReplayDataset(Dataset):
-    """An indexable split: key (epoch, index) → (uint8 pixels `[C, H, W]`, target, index).
+class ReplayDataset(Dataset[tuple[Tensor, int, int]]):
+    """An indexable split: key (augmentation epoch, index) → (uint8 pixels `[C, H, W]`, target, index).
 
     Args:
         source: the split.
@@ -102,12 +101,13 @@ class ReplayDataset(Dataset):
 
     def _read(self, index: int, key: tuple[int, int]) -> tuple[Any, int]:
         """Image ``index``; a draft cuts it by the random numbers of ``key``, of which the rest follow in the rest."""
-        if self.draft is None:
+        draft = self.draft
+        if draft is None:
             return self.source.read(index)
 
         def decode(image: Any) -> Any:
             self._seed(key)
-            return self.draft.decode(image)
+            return draft.decode(image)
 
         return self.source.read(index, decode)
 
@@ -116,7 +116,8 @@ class ReplayDataset(Dataset):
             seed_generators(SAMPLE, self.seed, *key)
 
     def _replacement(self, epoch: int, index: int, error: SampleError) -> tuple[Any, int]:
-        """Another image, drawn by (seed, epoch, index); a line in the list says so."""
+        """Another image, drawn by (seed, epoch, index); a line in the list records it."""
+        assert self.bad_images is not None
         line = f'epoch {epoch}: {" ".join(str(error).split())}\n'
         try:
             with self.bad_images.open('a', encoding='utf-8', errors='backslashreplace') as f:
@@ -133,7 +134,7 @@ class ReplayDataset(Dataset):
         return len(self.source)
 
 
-class ReplayStream(IterableDataset):
+class ReplayStream(IterableDataset[tuple[Tensor, int, int]]):
     """A streamed split. Its order is that of timm's reader; the "index" is a sample's place in its worker's stream, so
     replay holds for the same number of processes and workers, from the start of an epoch."""
 
@@ -154,111 +155,8 @@ class ReplayStream(IterableDataset):
                 yield self.transform(image), int(target), place
                 continue
             with seeded(STREAM_SAMPLE, self.seed, self.epoch, self.rank, worker_id, place):
-                view = self.transform(image)
-            yield view, int(target), place
+                pixels = self.transform(image)
+            yield pixels, int(target), place
 
     def __len__(self) -> int:
         return len(self.source)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One batch as this process sees it.
-
-    Attributes:
-        count: samples of this process that count in the batch (0 where it only takes part).
-        group: samples of the whole accumulation group, over all processes and batches.
-        last: whether it ends its accumulation group.
-    """
-
-    count: int
-    group: int
-    last: bool
-
-
-class ReplaySampler(Sampler[list[tuple[int, int]]]):
-    """Batches of keys (view, index), the view being the epoch unless said otherwise: a permutation of (seed, epoch),
-    cut into global batches, then into processes.
-
-    A global batch is ``batch_size × world`` samples; ``accum`` of them make one optimizer step. The last global batch
-    of an epoch may be smaller: it is split evenly, and a process that gets none of it repeats one sample, which counts
-    nothing. Without ``shuffle`` the order is that of the dataset, and nothing is repeated.
-
-    Args:
-        length: of the dataset.
-        batch_size: per process.
-        min_batch: a last global batch with fewer samples than this for some process is left out (2 for a network with
-            batch norm, which cannot train on a single sample).
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        rank: int = 0,
-        world: int = 1,
-        accum: int = 1,
-        min_batch: int = 0,
-    ) -> None:
-        self.length = self.dataset_length = length
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.rank, self.world, self.accum = rank, world, accum
-        self.epoch = self.view = self.start = 0
-        self.global_batch = batch_size * world
-        rest = length % self.global_batch
-        if rest and rest // world < min_batch and length > self.global_batch:
-            self.length -= rest
-
-    def set_epoch(self, epoch: int, start: int = 0, view: int | None = None) -> None:
-        """The next iteration gives epoch ``epoch`` (1-based), from its batch ``start`` (0-based) on.
-
-        Args:
-            view: the epoch whose images are seen (in the order of this one); None for its own.
-        """
-        self.epoch, self.start, self.view = epoch, start, epoch if view is None else view
-
-    def __len__(self) -> int:
-        return -(-self.length // self.global_batch)
-
-    def _part(self, batch: int) -> tuple[int, int]:
-        """Start and end, in the epoch's order, of this process's part of a global batch."""
-        first = batch * self.global_batch
-        n = min(self.global_batch, self.length - first)
-        each, more = divmod(n, self.world)
-        begin = first + self.rank * each + min(self.rank, more)
-        return begin, begin + each + (self.rank < more)
-
-    def step(self, batch: int) -> Step:
-        """What batch number ``batch`` (0-based) of the epoch counts, without reading it."""
-        begin, end = self._part(batch)
-        group_first = batch // self.accum * self.accum * self.global_batch
-        group_last = min(group_first + self.accum * self.global_batch, self.length)
-        return Step(end - begin, group_last - group_first, (batch + 1) % self.accum == 0 or batch + 1 == len(self))
-
-    def _order(self) -> Sequence[int]:
-        if not self.shuffle:
-            return range(self.dataset_length)
-        generator = torch.Generator().manual_seed(derive_seed(ORDER, self.seed, self.epoch) & 0x7FFFFFFFFFFFFFFF)
-        return torch.randperm(self.dataset_length, generator=generator).tolist()
-
-    def left_out(self) -> Sequence[int]:
-        """Images that the epoch leaves out (see ``min_batch``)."""
-        return self._order()[self.length :] if self.length < self.dataset_length else ()
-
-    def indices(self) -> list[int]:
-        """Images of this process, in order."""
-        order = self._order()
-        parts = (self._part(batch) for batch in range(self.start, len(self)))
-        return [order[i] for begin, end in parts for i in range(begin, end)]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self._order()
-        for batch in range(self.start, len(self)):
-            begin, end = self._part(batch)
-            if begin == end and self.shuffle:
-                begin, end = batch * self.global_batch, batch * self.global_batch + 1
-            if begin < end:
-                yield [(self.view, i) for i in order[begin:end]]

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import SampleError, UserError
-from ..hub import hub_in_reach
+from ..offline import hub_in_reach
 from .transforms import in_mode
 
 SAMPLE_DIR = Path(__file__).parent / 'sample'
@@ -53,15 +53,16 @@ class Source:
 
     @property
     def declared(self) -> int | None:
-        """Images that a streamed split says it holds, whoever reads them; None where they can be counted."""
+        """Images that a streamed split declares to hold; None where they can be counted."""
         return self.dataset.reader.num_samples if self.streamed else None
 
     def digest(self) -> str:
-        """A short digest of what the split holds, as far as it can be told without reading images: file names and
+        """A short digest of what the split holds, as far as it is known without reading images: file names and
         labels of folders, labels of Hub datasets, else only the length; and the class names."""
         digest = hashlib.sha256(repr((len(self), self.class_names)).encode())
-        reader = getattr(self.dataset, 'reader', None)
-        samples, columns = getattr(reader, 'samples', None), getattr(reader, 'dataset', None)
+        reader: Any = getattr(self.dataset, 'reader', None)
+        samples = getattr(reader, 'samples', None)
+        columns: Any = getattr(reader, 'dataset', None)
         if samples is not None and len(samples) and isinstance(samples[0][0], str):
             start = len(str(reader.root))
             for path, target in samples:
@@ -81,7 +82,7 @@ class Source:
                 else:
                     with reader[index][0] as file:
                         digest.update(file.read())
-            except Exception:  # told when it is read in earnest
+            except Exception:  # reported when the run reads it
                 digest.update(b'?')
         return digest.hexdigest()[:12]
 
@@ -94,7 +95,7 @@ class Source:
         Raises:
             SampleError: where it cannot be read, naming the file or index.
         """
-        reader = getattr(self.dataset, 'reader', None)
+        reader: Any = getattr(self.dataset, 'reader', None)
         try:
             if reader is None:  # a torchvision dataset
                 image, target = self.dataset[index]
@@ -139,28 +140,15 @@ def open_split(
             ``data_dir``, or the sample if that is None too.
         split: the split's name.
         flag: the flag that named the split, for messages.
-        num_classes: where the dataset does not say it.
+        num_classes: where the dataset does not give it.
 
     Raises:
         UserError: a missing or empty folder, an unknown split, a missing column, labels that are not class indices.
     """
     if dataset is None and data_dir is None:
         dataset = f'hfds/{SAMPLE_DIR}'
-    kind, sep, rest = (dataset or '').partition('/')
-    kind = kind.lower() if sep else ''
-    if dataset and kind not in ('hfds', 'torch', *STREAMED):
-        hint = f'hfds/{dataset}' if sep else f'--data-dir {dataset}'
-        raise UserError(
-            f'--dataset {dataset}: expected hfds/…, hfids/…, wds/… or torch/…; did you mean {hint}? '
-            f'(folders of images: --data-dir alone)'
-        )
-    if data_dir is not None:
-        data_dir = os.path.expanduser(data_dir)
-        if kind in ('', 'wds') and not os.path.exists(data_dir):
-            raise UserError(f'--data-dir {data_dir}: no such folder')
-    elif kind in ('torch', 'wds'):
-        raise UserError(f'--dataset {dataset}: needs --data-dir, the folder where it lies')
-
+    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    kind, rest = _kind_of(dataset, data_dir)
     image_mode = {1: 'L', 3: 'RGB'}[in_chans]
     kwargs: dict[str, Any] = dict(class_map=class_map, input_key=input_key, input_img_mode=image_mode)
     if kind:
@@ -173,6 +161,7 @@ def open_split(
         kwargs.update(is_training=is_training, batch_size=batch_size, seed=seed, num_samples=num_samples)
     name, root = dataset or '', data_dir
     if not kind or (kind == 'torch' and rest.lower() in ('folder', 'image_folder')):
+        assert data_dir is not None  # _kind_of() sees to it
         root = _find_split(data_dir, split, flag)
         kwargs['search_split'] = False
     if class_map is not None:
@@ -196,17 +185,34 @@ def open_split(
     source = Source(made, split, 0, None, kind in STREAMED, image_mode)
     if kind == 'wds':
         source.shards = _check_shards(made.reader, split, flag)
-    _read_classes(source, dataset or data_dir, flag, target_key or 'label', num_classes)
+    _read_classes(source, str(dataset or data_dir), flag, target_key or 'label', num_classes)
     if not source.streamed and not len(source):
         raise UserError(f'{flag} {split}: holds no images')
     if source.num_classes < 2:
         raise UserError(f'{flag} {split}: {dataset or data_dir} has {source.num_classes} class; at least 2 are needed')
     if kind == 'hfds':
         try:
-            source.read(_has_image(made.reader).index(True).as_py())  # a null is told when it is read in earnest
+            source.read(_has_image(made.reader).index(True).as_py())  # a null is reported when it is read
         except SampleError as e:
             raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
     return source
+
+
+def _kind_of(dataset: str | None, data_dir: str | None) -> tuple[str, str]:
+    """Return the prefix of a dataset's name (empty for folders) and the rest of it, or raise UserError."""
+    kind, sep, rest = (dataset or '').partition('/')
+    kind = kind.lower() if sep else ''
+    if dataset and kind not in ('hfds', 'torch', *STREAMED):
+        hint = f'hfds/{dataset}' if sep else f'--data-dir {dataset}'
+        raise UserError(
+            f'--dataset {dataset}: expected hfds/…, hfids/…, wds/… or torch/…; did you mean {hint}? '
+            f'(folders of images: --data-dir alone)'
+        )
+    if data_dir is None and kind in ('torch', 'wds'):
+        raise UserError(f'--dataset {dataset}: needs --data-dir, the folder that holds it')
+    if data_dir is not None and kind in ('', 'wds') and not os.path.exists(data_dir):
+        raise UserError(f'--data-dir {data_dir}: no such folder')
+    return kind, rest
 
 
 def open_splits(
@@ -381,10 +387,10 @@ def _readable(name: str) -> str:
 
 def _read_classes(source: Source, name: str, flag: str, target_key: str, num_classes: int | None) -> None:
     """Fill in the class names and their number, and check the labels where that costs nothing."""
-    reader = getattr(source.dataset, 'reader', None)
+    reader: Any = getattr(source.dataset, 'reader', None)
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
     labels = None
-    columns = getattr(reader, 'dataset', None)
+    columns: Any = getattr(reader, 'dataset', None)
     if hasattr(reader, 'samples') and hasattr(reader, 'class_to_idx'):
         _check_folders(reader, name)
     if hasattr(columns, 'unique'):
@@ -423,7 +429,7 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
     elif labels:
         source.num_classes = max(labels) + 1
     elif num_classes is None:
-        raise UserError(f'{name} does not say how many classes it has; give --num-classes N')
+        raise UserError(f'{name} does not give its number of classes; give --num-classes N')
     if labels and source.class_names and max(labels) >= source.num_classes:
         raise UserError(f'{flag} {source.split}: label {max(labels)} with {source.num_classes} classes')
     if num_classes is not None:

@@ -1,4 +1,4 @@
-"""Transforms from a PIL image to the uint8 view that both networks see. timm's own, without normalisation."""
+"""Transforms from a PIL image to the uint8 pixels that both networks see: timm's own, without normalisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import UserError
 
 Transform = Callable[[Any], Tensor]
 # A JPEG is decoded at reduced scale where at least this many times the pixels needed remain, in width and in height.
-# On photographs the view then differs from that of a full decode by less than one grey value on average.
+# On photographs the pixels then differ from those of a full decode by less than one grey value on average.
 DRAFT_MARGIN = 2
 
 
@@ -119,7 +119,9 @@ class ErasePixels:
         mean, std: of the student's normalisation, for pixels in 0..1.
     """
 
-    def __init__(self, probability: float, mode: str, max_count: int, mean: tuple, std: tuple) -> None:
+    def __init__(
+        self, probability: float, mode: str, max_count: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
         from timm.data.random_erasing import RandomErasing
 
         self.erase = RandomErasing(probability, mode=mode, max_count=max_count, device='cpu')
@@ -156,7 +158,7 @@ def train_transform(
     """timm's training transform with uint8 output, the pad-and-crop of 32×32 work, and erasing.
 
     Args:
-        input_size: (C, H, W) of the view.
+        input_size: (C, H, W) of the images.
         mean, std: of the student: for random erasing, and the fill colour of AutoAugment.
         train_crop_mode: timm's `rrc`, `rkrc`, `rkrr`, or `pad`: resize the shorter side, pad by ``crop_padding`` zeros
             on each side, crop at random.
@@ -169,7 +171,7 @@ def train_transform(
 
     if aa:
         _check_policy(aa)
-    kwargs = dict(
+    kwargs: dict[str, Any] = dict(
         input_size=input_size,
         is_training=True,
         hflip=hflip,
@@ -204,7 +206,7 @@ def _check_policy(aa: str) -> None:
     from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 
     if aa.startswith('augmix'):
-        raise UserError(f'--aa {aa}: AugMix makes several views of an image; not supported, use rand-… or original')
+        raise UserError(f'--aa {aa}: AugMix makes several versions of an image; not supported, use rand-… or original')
     try:
         (rand_augment_transform if aa.startswith('rand') else auto_augment_transform)(aa, {})
     except Exception as e:
@@ -220,7 +222,7 @@ def eval_transform(
     jpeg_draft: bool = False,
 ) -> Transform:
     """timm's validation transform with uint8 output `[C, H, W]`; ``jpeg_draft`` not with crop mode `border`, nor with
-    views that are not square."""
+    images that are not square."""
     from timm.data import create_transform
 
     transform = create_transform(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class DistillLoss(nn.Module):
         diagnostics: figures about the last batch, detached 0-d tensors by name.
     """
 
+    name: str  # in the table, of a criterion that create_distill_loss() has made
     needs_target = False
     standardize = False
 
@@ -52,8 +54,9 @@ class DistillLoss(nn.Module):
                 student, teacher = standardize(student), standardize(teacher)
             return self.loss(student, teacher, target)
 
-    def loss(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        """The criterion's formula on checked logits `[B, C]` of one dtype, float32 or float64."""
+    def loss(self, student: Tensor, teacher: Tensor, target: Any) -> Tensor:
+        """The criterion's formula on checked logits `[B, C]` of one dtype, float32 or float64. ``target`` is a tensor
+        where ``needs_target``, else a tensor or None."""
         raise NotImplementedError
 
     def _check(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
@@ -78,10 +81,10 @@ class DistillLoss(nn.Module):
             return
         if not torch.isfinite(teacher).all():
             raise ValueError(f"{name}: the teacher's logits hold NaN or infinity")
-        if self.needs_target and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < student.shape[1]:
-            raise ValueError(
-                f'{name}: expected targets in 0..{student.shape[1] - 1}, got {int(target.min())}..{int(target.max())}'
-            )
+        if self.needs_target and target is not None and target.numel():
+            least, most = int(target.min()), int(target.max())
+            if not 0 <= least <= most < student.shape[1]:
+                raise ValueError(f'{name}: expected targets in 0..{student.shape[1] - 1}, got {least}..{most}')
         self._checked_on.add(student.device)
 
 

@@ -9,13 +9,13 @@ from ._base import DistillLoss, check_temperature
 from ._ops import kl_div
 
 
-def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     """τ² · KL(softmax(teacher/τ) ‖ softmax(student/τ)), mean over the batch.
 
     Args:
         student: logits `[B, C]`, float32 or higher.
         teacher: logits `[B, C]`.
-        temperature: τ.
+        temperature: τ, a number or a 0-d tensor.
 
     Returns:
         A 0-d tensor.

@@ -3,4 +3,4 @@
 from . import cifar_mobilenetv2, cifar_resnet, cifar_shufflenet, cifar_vgg, cifar_wrn
 from ._base import CifarNet
 
-__all__ = ['CifarNet', 'cifar_mobilenetv2', 'cifar_resnet', 'cifar_shufflenet', 'cifar_vgg', 'cifar_wrn']
+__all__ = ['cifar_mobilenetv2', 'cifar_resnet', 'cifar_shufflenet', 'cifar_vgg', 'cifar_wrn', 'CifarNet']

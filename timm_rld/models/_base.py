@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from .._timm import feature_take_indices
 
 
 class CifarNet(nn.Module):
@@ -42,7 +42,7 @@ class CifarNet(nn.Module):
         self.grad_checkpointing = False
 
     def _finish(self, channels: list[int], reductions: list[int], num_features: int, global_pool: str) -> None:
-        """Make the classifier, and say what the features are: channels and reduction of the stem and each stage."""
+        """Make the classifier, and describe the features: channels and reduction of the stem and each stage."""
         modules = [self.stem_name, *(names[-1] for names in self.stages)]
         self.feature_info = [
             dict(num_chs=c, reduction=r, module=m) for c, r, m in zip(channels, reductions, modules, strict=True)
@@ -192,15 +192,18 @@ def cifar_cfgs(first_conv: str, classifier: str, *names: str) -> Any:
     return generate_default_cfgs({f'{name}.untrained': dict(cfg) for name in names})
 
 
+Net = TypeVar('Net', bound=CifarNet)
+
+
 def build(
-    cls: Callable[..., CifarNet],
+    cls: type[Net],
     name: str,
     pretrained: bool,
     args: dict[str, Any],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
-) -> CifarNet:
+) -> Net:
     """timm's builder, with all features for `features_only`, and moved where asked for, as timm's own models are."""
     kwargs = {**args, **kwargs}
     features = dict(out_indices=tuple(range(len(cls.stages) + 1)), feature_cls='getter')

@@ -48,7 +48,7 @@ class CifarVgg(CifarNet):
         init_weights(self, linear_std=0.01)
 
     def stem(self, x: Tensor) -> Tensor:
-        return F.relu(self.block0(x), inplace=True)
+        return F.relu(self.get_submodule('block0')(x), inplace=True)
 
     def run_stage(self, names: tuple[str, ...], x: Tensor) -> Tensor:
         if names != ('block4',) or min(x.shape[-2:]) >= 8:

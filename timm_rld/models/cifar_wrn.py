@@ -81,7 +81,7 @@ class CifarWideResNet(CifarNet):
         self._finish([16, 16 * width, 32 * width, chs], [1, 1, 2, 4], chs, global_pool)
         init_weights(self)
         if num_classes:
-            nn.init.zeros_(self.fc.bias)
+            nn.init.zeros_(self.get_classifier().bias)
 
     def stem(self, x: Tensor) -> Tensor:
         return self.conv1(x)

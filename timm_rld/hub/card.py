@@ -1,34 +1,23 @@
-"""What a run's files say, as text and pictures: the model card. Reads files of the run folder only."""
+"""The model card of a run, from its files."""
 
 from __future__ import annotations
 
-import csv
 import html
 import io
 import json
 import os
 import re
 import shlex
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .errors import UserError
+from ..config import flag_of, marked
+from ..errors import UserError
+from ..run_folder import RunFiles
 
-BEGIN = '<!-- timm_rld begins: what stands between these two lines is written anew by each push -->'
+BEGIN = '<!-- timm_rld begins: what stands between these two lines is rewritten by each push -->'
 END = '<!-- timm_rld ends -->'
-_PATH_SETTINGS = (
-    'data_dir',
-    'output',
-    'teacher_checkpoint',
-    'teacher_class_map',
-    'class_map',
-    'resume',
-    'config',
-    'experiment',
-)
 _CITATIONS = """```bibtex
 @inproceedings{sun2025rld,
   title     = {Knowledge Distillation with Refined Logits},
@@ -46,63 +35,17 @@ _CITATIONS = """```bibtex
 ```"""
 
 
-@dataclass(frozen=True)
-class RunFiles:
-    """A finished run, read from its folder.
-
-    Attributes:
-        folder: where it lies.
-        settings: of args.yaml.
-        results: of results.json.
-        history: rows of summary.csv; a figure that is not there is left out.
-        config: config.json of the student.
-    """
-
-    folder: Path
-    settings: dict[str, Any]
-    results: dict[str, Any]
-    history: list[dict[str, float]]
-    config: Path
-
-
-def read_run(folder: str | Path) -> RunFiles:
-    """Read a run folder.
-
-    Raises:
-        UserError: where it is not that of a finished run.
-    """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise UserError(f'{folder}: no such folder')
-    try:
-        settings = yaml.safe_load((folder / 'args.yaml').read_text(encoding='utf-8'))
-        results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
-        with (folder / 'summary.csv').open(encoding='utf-8') as f:
-            history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-        config = folder / 'student' / 'config.json'
-        json.loads(config.read_text(encoding='utf-8'))['architecture']
-        shlex.split(results['command'])
-        if len(history) != results['epochs'] or not 1 <= results['best_epoch'] <= len(history):
-            raise ValueError('summary.csv has another number of epochs than results.json')
-        settings['val_split'], results['student_top1'], history[-1]['eval_top1']
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, yaml.YAMLError) as e:
-        what = os.path.basename(getattr(e, 'filename', None) or '') or (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(
-            f'{folder}: not the folder of a finished run ({what}); --resume finishes one that is not'
-        ) from e
-    return RunFiles(folder, settings, results, history, config)
-
-
 # ------------------------------------------------------------------------------------------------------- local paths
 
 
 def _last(path: str) -> str:
-    """The last component of a path of this or another system."""
+    """Return the last component of a path of this or another system."""
     return re.split(r'[/\\\\]', path.rstrip('/\\'))[-1] or path
 
 
 def without_local_path(value: str) -> str:
-    """A text with local paths cut to their last component: names of models and datasets, and URLs, stay as they are."""
+    """Return a text with local paths cut to their last component: names of models and datasets, and URLs, stay as they
+    are."""
     if value.startswith('local-dir:'):
         return 'local-dir:' + _last(value)
     for prefix in ('hfds/', 'hfids/', 'wds/', 'torch/'):
@@ -120,9 +63,10 @@ def without_local_path(value: str) -> str:
 
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run without local paths."""
+    """Return the settings of a run without local paths."""
+    paths = marked('path')
     return {
-        name: _last(value) if name in _PATH_SETTINGS and isinstance(value, str) else _public(value)
+        name: _last(value) if name in paths and isinstance(value, str) else _public(value)
         for name, value in settings.items()
     }
 
@@ -136,8 +80,8 @@ def _public(value: Any) -> Any:
 
 
 def public_command(command: str) -> str:
-    """A command line without local paths."""
-    flags = {'--' + name.replace('_', '-') for name in _PATH_SETTINGS}
+    """Return a command line without local paths."""
+    flags = {'--config', *map(flag_of, marked('path'))}
     words, is_path = [], False
     for word in shlex.split(command):
         name, sep, value = word.partition('=')
@@ -157,7 +101,7 @@ def public_command(command: str) -> str:
 
 
 def curve_png(history: list[dict[str, float]]) -> bytes | None:
-    """Loss and accuracy over the epochs as a PNG; None where matplotlib is not installed."""
+    """Return loss and accuracy over the epochs as a PNG; None where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -201,7 +145,7 @@ def _code(name: str) -> str:
 
 
 def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict[str, Any]:
-    """The YAML header of the card, as the Hub reads it."""
+    """Return the YAML header of the card, as the Hub reads it."""
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -214,9 +158,10 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
             task_type='image-classification', task_name='Image Classification',
             dataset_type=re.sub(r'[^\w./-]+', '-', dataset.lower()), dataset_name=dataset,
             dataset_split=settings['val_split'], metric_type='accuracy', metric_name=label,
-            metric_value=round(metrics[key] / 100, 6),
+            metric_value=round(value / 100, 6),
         )
-        for key, label in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy')) if metrics.get(key) is not None
+        for key, label in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy'))
+        if (value := metrics.get(key)) is not None
     ]  # fmt: skip
     header: dict[str, Any] = {
         'library_name': 'timm',
@@ -236,7 +181,7 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
 
 
 def chosen_metrics(run: RunFiles, weights: str) -> dict[str, float | None]:
-    """Top-1, top-5 and epoch of the weights `last`, `best` or `ema`."""
+    """Return top-1, top-5 and epoch of the weights `last`, `best` or `ema`."""
     last = run.history[-1]
     if weights == 'ema':
         return {'top1': last.get('eval_top1_ema'), 'top5': last.get('eval_top5_ema'), 'epoch': last['epoch']}
@@ -245,12 +190,12 @@ def chosen_metrics(run: RunFiles, weights: str) -> dict[str, float | None]:
 
 
 def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> str:
-    """The card's text, between the two marks."""
+    """Return the card's text, between the two marks."""
     settings, results = public_settings(run.settings), run.results
     metrics = chosen_metrics(run, weights)
     config = json.loads(run.config.read_text(encoding='utf-8'))
     images = config['pretrained_cfg']
-    said = {
+    which = {
         'last': 'those of the last epoch',
         'best': f'those of epoch {metrics["epoch"]:.0f}, chosen as the best on the validation split itself',
         'ema': 'the moving average of the weights, after the last epoch',
@@ -279,7 +224,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     split = _code(settings['val_split'])
     lines += ['## Figures', '', f'On the split {split} of {dataset}, each image counted once.', '',
               '| | |', '| --- | --- |', *(f'| {a} | {b} |' for a, b in rows), '',
-              f'The weights here are {said}.', '']  # fmt: skip
+              f'The weights here are {which}.', '']  # fmt: skip
     if has_curve:
         lines += ['![Loss and accuracy over the epochs](curve.png)', '']
     lines += ['## How it was made', '']
@@ -289,7 +234,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         if results.get('teacher_sha256'):
             teacher += f', SHA-256 of its weights `{results["teacher_sha256"][:16]}…`'
         if settings.get('teacher_epochs'):
-            teacher += f', fitted here first (epochs: {settings["teacher_epochs"]})'
+            teacher += f', trained here first (epochs: {settings["teacher_epochs"]})'
         lines += [
             teacher,
             f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
@@ -308,7 +253,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
 
 
 def usage(architecture: str, repo_id: str, in_chans: int = 3) -> list[str]:
-    """Lines of Python that load the model; networks of ours need our registration first."""
+    """Return lines of Python that load the model; networks of ours need our registration first."""
     ours = ['import timm_rld  # registers the network'] if architecture.startswith('cifar_') else []
     return [
         *ours,
@@ -322,7 +267,7 @@ def usage(architecture: str, repo_id: str, in_chans: int = 3) -> list[str]:
 
 
 def merge_card(existing: str | None, header: dict[str, Any], section: str) -> str:
-    """A card, or one that is there with our part renewed.
+    """Return a card, or one that is there with our part renewed.
 
     What a person wrote stays: the text around our marks (whole lines; the last pair of them), and the header's keys; of
     the header the figures (`model-index`) and the base model are renewed, tags are added, what is missing is filled in.
@@ -330,14 +275,23 @@ def merge_card(existing: str | None, header: dict[str, Any], section: str) -> st
     Raises:
         UserError: where the header that is there is not YAML.
     """
-    front, body = _split_header(existing or '')
-    tags = front.get('tags') if isinstance(front.get('tags'), list) else []
-    merged = {**header, **front, 'tags': list(dict.fromkeys([*tags, *header['tags']]))}
+    from huggingface_hub import RepoCard
+
+    text = (existing or '').removeprefix('\ufeff').replace('\r\n', '\n')
+    try:
+        card = RepoCard(text if text.startswith('---') else f'---\n{{}}\n---\n{text}')
+    except (ValueError, TypeError, yaml.YAMLError) as e:
+        raise UserError(
+            'push: the header of the card on the Hub is not valid YAML; fix or delete README.md there'
+        ) from e
+    there = card.data.to_dict()
+    tags = there.get('tags') if isinstance(there.get('tags'), list) else []
+    merged = {**header, **there, 'tags': list(dict.fromkeys([*tags, *header['tags']]))}
     for key in ('model-index', 'base_model', 'base_model_relation'):
         merged.pop(key, None)
         if key in header:
             merged[key] = header[key]
-    lines = body.split('\n')
+    lines = card.text.split('\n')
     ends = [i for i, line in enumerate(lines) if line.strip() == END]
     begins = [i for i, line in enumerate(lines) if line.strip() == BEGIN and ends and i < ends[-1]]
     if begins:
@@ -345,36 +299,19 @@ def merge_card(existing: str | None, header: dict[str, Any], section: str) -> st
         end = next(i for i in ends if i > begin)
         body = '\n'.join([*lines[:begin], *section.split('\n'), *lines[end + 1 :]])
     else:
-        body = f'{body.strip()}\n\n{section}\n'.lstrip('\n')
-        body = f'\n{body}'
-    front = yaml.dump(merged, Dumper=_HeaderDumper, sort_keys=False, allow_unicode=True)
-    front = front.replace('<', r'\x3C')
+        body = '\n' + f'{card.text.strip()}\n\n{section}\n'.lstrip('\n')
+    front = yaml.dump(merged, Dumper=_HeaderDumper, sort_keys=False, allow_unicode=True).replace('<', r'\x3C')
     return f'---\n{front}---\n{body}'
 
 
 class _HeaderDumper(yaml.SafeDumper):
-    """Puts text with `<` into double quotes, in which YAML reads `\\x3C` for it: a viewer of Markdown that knows of no
-    header would take it for HTML."""
+    """Puts text with `<` into double quotes, in which YAML reads `\\x3C` for it: a viewer of Markdown that does not
+    know headers would take it for HTML."""
 
 
 _HeaderDumper.add_representer(
     str, lambda dumper, text: dumper.represent_scalar('tag:yaml.org,2002:str', text, '"' if '<' in text else None)
 )
-
-
-def _split_header(text: str) -> tuple[dict[str, Any], str]:
-    """The YAML header of a card, and the text under it."""
-    text = text.removeprefix('\ufeff').replace('\r\n', '\n')
-    found = re.match(r'---[ \t]*\n(.*?)(?:^|\n)---[ \t]*(?:\n|$)', text, re.DOTALL)
-    if not found:
-        return {}, text
-    try:
-        data = yaml.safe_load(found[1])
-    except yaml.YAMLError:
-        data = ''
-    if data is not None and not isinstance(data, dict):
-        raise UserError('push: the header of the card on the Hub is not valid YAML; mend or delete README.md there')
-    return data or {}, text[found.end() :]
 
 
 def _dataset(settings: dict[str, Any]) -> str:

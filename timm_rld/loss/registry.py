@@ -28,7 +28,7 @@ from .wttm import WTTM
 
 
 @dataclass(frozen=True)
-class Criterion:
+class CriterionInfo:
     """A row of the table.
 
     Attributes:
@@ -62,8 +62,17 @@ class Criterion:
         """Paper and year; empty where there is none."""
         return f'{self.paper}, {self.year}' if self.paper else ''
 
-    def standardized(self) -> Criterion:
-        """The row for standardised logits, as `--standardize` takes it: temperature 2, distillation weight times 9.
+    def defaults(self) -> dict[str, Any]:
+        """Return the published defaults of the settings of a run, by name."""
+        return dict(
+            task_loss_weight=self.task_weight,
+            distill_loss_weight=self.distill_weight,
+            distill_warmup_epochs=self.warmup_epochs,
+        )
+
+    def standardized(self) -> CriterionInfo:
+        """Return the row for standardised logits, as `--standardize` has it: temperature 2, 9 times the distillation
+        weight.
 
         Raises:
             ValueError: where standardisation makes no sense.
@@ -76,13 +85,13 @@ class Criterion:
         return replace(self, options=MappingProxyType(options), distill_weight=9 * self.distill_weight)
 
 
-def _row(*args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Criterion:
-    return Criterion(*args, options=MappingProxyType(options or {}), **kwargs)
+def _row(*args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> CriterionInfo:
+    return CriterionInfo(*args, **{**kwargs, 'options': MappingProxyType(options or {})})
 
 
 _SCALED = 'it scales the logits already'
 
-CRITERIA: dict[str, Criterion] = {
+CRITERIA: dict[str, CriterionInfo] = {
     row.name: row
     for row in (
         _row(
@@ -161,8 +170,8 @@ CRITERIA: dict[str, Criterion] = {
 }  # fmt: skip
 
 
-def get_criterion(name: str, standardize: bool = False) -> Criterion:
-    """Return the table's row for ``name``, on request for standardised logits (:meth:`Criterion.standardized`).
+def get_criterion(name: str, standardize: bool = False) -> CriterionInfo:
+    """Return the table's row for ``name``, on request for standardised logits (:meth:`CriterionInfo.standardized`).
 
     Raises:
         ValueError: for a name that is not in the table; the message offers the nearest ones. Also where
@@ -173,8 +182,8 @@ def get_criterion(name: str, standardize: bool = False) -> Criterion:
     return CRITERIA[name].standardized() if standardize else CRITERIA[name]
 
 
-def choose_criterion(name: str, standardize: bool, options: dict[str, Any]) -> tuple[Criterion, DistillLoss | None]:
-    """The row of a run with the options that it will have, and its criterion; None where nothing is distilled.
+def choose_criterion(name: str, standardize: bool, options: dict[str, Any]) -> tuple[CriterionInfo, DistillLoss | None]:
+    """Return the row of a run with the options that it will have, and its criterion; None where nothing is distilled.
 
     Args:
         name, standardize, options: as `--distill`, `--standardize` and `--distill-kwargs` have them.

@@ -1,4 +1,4 @@
-"""What may end a run before its end: signals, and losses or gradients that are not finite."""
+"""What can stop a training early: signals, and losses or gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .errors import UserError
+from ..errors import UserError
 
 
 class StopSignals:
-    """SIGTERM and SIGINT are kept, so that a step can end, for as long as this context lasts.
+    """SIGTERM and SIGINT are noted, so that a step can end, for as long as this context lasts.
 
     The same signal again within two seconds counts as the first (launchers repeat what the whole group has got); a
     later one ends the process at once.
@@ -27,7 +28,8 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.received, self.at, self.before = 0, 0.0, {}
+        self.received, self.at = 0, 0.0
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -48,18 +50,9 @@ class StopSignals:
             self.received, self.at = number, time.monotonic()
 
 
-def highest(accelerator: Accelerator, *values: float) -> list[int]:
-    """The highest of each value over the processes. Waits for all of them."""
-    if accelerator.num_processes == 1:
-        return [int(v) for v in values]
-    tensor = torch.tensor([float(v) for v in values], device=accelerator.device)
-    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-    return [int(v) for v in tensor.tolist()]
-
-
 @dataclass
-class _Look:
-    """A question to the device after a step's gradients: its answer, once it is there, and what it is about."""
+class _Pending:
+    """The result of a step's check, which may not have arrived from the device yet, and what it is about."""
 
     flags: Tensor
     event: torch.cuda.Event | None
@@ -69,29 +62,30 @@ class _Look:
     indices: list[Tensor]
 
 
-class Guard:
-    """Looks at each step's losses and gradients, and agrees over the processes on them and on what stops a run.
+class FiniteCheck:
+    """Checks that each step's losses and gradients are finite, on all processes; the same message carries whether a
+    process is asked to stop, and whether a checkpoint is overdue.
 
-    Where no step may be left out, the answer is read a step later, so that no step waits for the device: the run ends
-    anyway, and nothing is saved of it. Else it is waited for before the optimizer acts.
+    Where no step may be skipped, the result is read a step later, so that no step waits for the device: the run ends
+    anyway, and nothing of it is saved. Else it is waited for before the optimizer steps.
 
     Args:
-        allowed: how many steps in a row may be left out.
-        title: of the phase, for messages.
+        allowed: how many steps in a row may be skipped.
+        phase: `teacher` or `student`, for messages.
 
     Attributes:
-        skipped: steps that were left out so far.
-        stop: the highest signal on any process that has been heard of, or 0.
+        skipped: steps that were skipped so far.
+        stop: the highest signal that any process has received, as far as it is known, or 0.
         overdue: whether a checkpoint is overdue on some process.
     """
 
-    def __init__(self, accelerator: Accelerator, allowed: int, title: str) -> None:
-        self.accelerator, self.allowed, self.title = accelerator, allowed, title
+    def __init__(self, accelerator: Accelerator, allowed: int, phase: str) -> None:
+        self.accelerator, self.allowed, self.phase = accelerator, allowed, phase
         self.skipped = self.in_a_row = 0
         self.stop, self.overdue = 0, False
-        self.pending: _Look | None = None
+        self.pending: _Pending | None = None
 
-    def may_step(
+    def allows_step(
         self,
         module: nn.Module,
         epoch: int,
@@ -112,13 +106,13 @@ class Guard:
             stop, overdue: of this process.
 
         Returns:
-            Whether the step is to be taken.
+            Whether to take the step.
 
         Raises:
-            UserError: on every process, where a step cannot be left out; it names the samples.
+            UserError: on every process, where a step cannot be skipped; it names the samples.
         """
         finite = torch.isfinite(torch.stack(losses)).all()
-        if self.accelerator.scaler is None:  # under fp16 the scaler looks after the gradients, in search for a scale
+        if self.accelerator.scaler is None:  # under fp16 the scaler checks the gradients, in search of a scale
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             finite = finite & torch.isfinite(nn.utils.get_total_norm(gradients))
         own = [torch.full_like(losses[0], float(value), dtype=torch.float32) for value in (stop, overdue)]
@@ -129,22 +123,22 @@ class Guard:
             flags = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        look = _Look(flags, event, epoch, batch, losses, indices)
+        pending = _Pending(flags, event, epoch, batch, losses, indices)
         if self.allowed:
-            return self._read(look)
-        earlier, self.pending = self.pending, look
+            return self._read(pending)
+        earlier, self.pending = self.pending, pending
         return earlier is None or self._read(earlier)
 
-    def settle(self) -> None:
-        """Read what has not been read yet: before anything is saved or evaluated."""
-        look, self.pending = self.pending, None
-        if look is not None:
-            self._read(look)
+    def wait(self) -> None:
+        """Wait for the result of the last step's check: before anything is saved or evaluated."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._read(pending)
 
-    def _read(self, look: _Look) -> bool:
-        if look.event is not None:
-            look.event.synchronize()
-        bad, stop, overdue = look.flags.numpy()
+    def _read(self, pending: _Pending) -> bool:
+        if pending.event is not None:
+            pending.event.synchronize()
+        bad, stop, overdue = pending.flags.numpy()
         self.stop, self.overdue = max(self.stop, int(stop)), bool(overdue)
         if not bad:
             self.in_a_row = 0
@@ -153,10 +147,10 @@ class Guard:
         self.in_a_row += 1
         if self.in_a_row <= self.allowed:
             return False
-        values = [loss.item() for loss in look.losses]
+        values = [loss.item() for loss in pending.losses]
         bad = [i for i, v in enumerate(values) if v - v != 0] or list(range(len(values)))
-        first = look.batch - len(values) + 1
-        shown = [(first + i, values[i], look.indices[i].tolist()) for i in bad]
+        first = pending.batch - len(values) + 1
+        shown = [(first + i, values[i], pending.indices[i].tolist()) for i in bad]
         found = gather_object([(any(v - v != 0 for v in values), shown)])
         some_loss = any(in_loss for in_loss, _ in found)
         parts = [part for in_loss, parts in found if in_loss or not some_loss for part in parts]
@@ -165,6 +159,6 @@ class Guard:
         what = f'the loss is {value}' if some_loss else f'a gradient is not finite (loss {value:.4g})'
         some = ', '.join(map(str, samples[:16])) + (', …' if len(samples) > 16 else '')
         raise UserError(
-            f'{what} in epoch {look.epoch} of the {self.title}, batch {number + 1}, samples {some}; try a lower --lr.\n'
-            'Nothing of that step was saved. --skip-nonfinite N leaves out up to N such steps in a row'
+            f'{what} in epoch {pending.epoch} of the {self.phase}, batch {number + 1}, samples {some}; '
+            'try a lower --lr.\nNothing of that step was saved. --skip-nonfinite N skips up to N such steps in a row'
         )

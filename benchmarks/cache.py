@@ -1,9 +1,13 @@
-"""How a teacher cache grows: filling it and looking rows up, by the number of rows."""
+"""Filling a teacher cache and looking rows up in it, by the number of rows.
+
+python benchmarks/cache.py
+"""
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..cache import DTYPES, Rows, rounded
-from ..errors import UsageError
-from ._measure import markdown
+from timm_rld.bench.measure import markdown, run_script
+from timm_rld.cache import DTYPES, Rows, rounded
+from timm_rld.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +43,7 @@ def run(args: argparse.Namespace) -> str:
 def bench_cache(
     length: int, classes: int, batch_size: int, dtype: str = 'float16', folder: str | None = None, lookups: int = 200
 ) -> dict[str, float | str]:
-    """Fill a view in random order, batch by batch, then read random batches of it.
+    """Fill a file of rows in random order, batch by batch, then read random batches of it.
 
     Args:
         length: rows N.
@@ -55,7 +59,7 @@ def bench_cache(
     target = torch.arange(batch_size) % classes
     clock = time.perf_counter
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        path = Path(made) / 'view.safetensors'
+        path = Path(made) / 'rows.safetensors'
         started = clock()
         rows = Rows.create(path, length, classes, DTYPES[dtype])
         create = clock() - started
@@ -88,3 +92,12 @@ def bench_cache(
         **{f'{name} ms': 1000 * statistics.median(times) for name, times in median.items()},
         'complete ms': 1000 * complete,
     }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark and print its result. Returns the exit code."""
+    return run_script(sys.modules[__name__], argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

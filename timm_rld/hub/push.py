@@ -1,4 +1,4 @@
-"""A finished run to the Hub: the model as a timm folder, its card, and the files that say how it came about."""
+"""A finished run to the Hub: the model as a timm folder, its card, and the files that describe how it was trained."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .errors import Stopped, UserError, writing
-from .hub import hub_in_reach
-from .report import (
-    RunFiles,
+from ..errors import Stopped, UserError, writing
+from ..offline import hub_in_reach
+from ..run_folder import RunFiles, read_run
+from .card import (
     card_header,
     card_section,
     chosen_metrics,
@@ -27,7 +27,6 @@ from .report import (
     merge_card,
     public_command,
     public_settings,
-    read_run,
 )
 
 T = TypeVar('T')
@@ -36,15 +35,11 @@ RETRY_SECONDS = (1, 2, 4, 8, 16)
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 
-SETTINGS = ('hub_model_id', 'hub_private_repo', 'hub_license', 'hub_weights')  # arguments that are settings
-CHECKED = ('hub_model_id', 'hub_private_repo', 'hub_license')  # those of check_hub, in order
-
-
-def check_hub(repo_id: str, private: bool = False, license: str | None = None) -> str:
+def check_hub(hub_model_id: str, private: bool = False, license: str | None = None) -> str:
     """Before any work: a token is there and valid, it may write to the namespace, and the repository exists or is made.
 
     Args:
-        repo_id: `user/name`, or `name` for the token's own user.
+        hub_model_id: `user/name`, or `name` for the token's own user.
         private: whether a new repository is private.
         license: of the card; None: not asked about.
 
@@ -52,19 +47,19 @@ def check_hub(repo_id: str, private: bool = False, license: str | None = None) -
         `user/name`.
 
     Raises:
-        UserError: what is missing, and the way out.
+        UserError: what is missing, and how to fix it.
     """
     from huggingface_hub import HfApi, ModelCard, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    flag = f'--hub-model-id {repo_id}'
+    repo_id, flag = hub_model_id, f'--hub-model-id {hub_model_id}'
     if get_token() is None:
         raise UserError('push: no token; set HF_TOKEN, or log in with `hf auth login`')
     if not hub_in_reach():
         raise UserError('push: the Hub is out of reach (no network, or HF_HUB_OFFLINE is set)')
     api = HfApi()
-    user = _tried(api.whoami, 'push')
+    user = _retried(api.whoami, 'push')
     name = user['name']
     if (user.get('auth') or {}).get('accessToken', {}).get('role') == 'read':
         raise UserError(f'push: the token of {name} may only read; make one that may write')
@@ -79,9 +74,9 @@ def check_hub(repo_id: str, private: bool = False, license: str | None = None) -
     if namespace not in writable:
         raise UserError(f'{flag}: the token of {name} may not write to {namespace}; it may to {", ".join(writable)}')
     if license is not None:
-        _tried(ModelCard(f'---\nlicense: {license}\n---\n').validate, f'--hub-license {license}')
-    _tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), flag)
-    _tried(lambda: api.auth_check(repo_id, write=True), flag)
+        _retried(ModelCard(f'---\nlicense: {license}\n---\n').validate, f'--hub-license {license}')
+    _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), flag)
+    _retried(lambda: api.auth_check(repo_id, write=True), flag)
     return repo_id
 
 
@@ -93,7 +88,7 @@ def push_run(
     hub_license: str = 'apache-2.0',
     hub_weights: str = 'last',
     after: BackgroundPush | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> str:
     """Push a finished run: model.safetensors, config.json, the card, its curve, results.json, args.yaml, summary.csv.
 
@@ -107,7 +102,7 @@ def push_run(
         hub_license: for the card's header.
         hub_weights: `last`, `best` (on the validation split; from its checkpoint) or `ema`.
         after: pushes that must be done before.
-        say: prints a line.
+        log: prints a line.
 
     Returns:
         The model's page.
@@ -123,14 +118,14 @@ def push_run(
              '--hub-license', hub_license, *(['--hub-private-repo'] if hub_private_repo else [])]  # fmt: skip
     try:
         repo_id = check_hub(hub_model_id, hub_private_repo, hub_license)
-        return _push(run, file, repo_id, hub_license, hub_weights, say)
+        return _push(run, file, repo_id, hub_license, hub_weights, log)
     except KeyboardInterrupt:
         raise Stopped(f'interrupted. The run is complete in {run.folder}; again: {shlex.join(words)}', 130) from None
     except UserError as e:
         raise UserError(f'{e}.\nThe run is complete in {run.folder}; again: {shlex.join(words)}') from e
 
 
-def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, say: Callable[[str], None]) -> str:
+def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, log: Callable[[str], None]) -> str:
     """Push weights from a file, and all that goes with them, as one commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -141,34 +136,35 @@ def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, s
     api = HfApi()
     with writing('push: the temporary folder (TMPDIR)'), tempfile.TemporaryDirectory() as temporary:
         files = Path(temporary)
-        existing = _tried(lambda: _read_card(api, repo_id, files), flag)
+        existing = _retried(lambda: _read_card(api, repo_id, files), flag)
         write_files(run, file, files, repo_id, license, weights, existing)
         metrics = chosen_metrics(run, weights)
         message = f'{weights} weights, epoch {metrics["epoch"]:.0f}, top-1 {metrics["top1"]:.2f}'
-        _tried(lambda: api.upload_folder(repo_id=repo_id, folder_path=files, commit_message=message), flag)
+        _retried(lambda: api.upload_folder(repo_id=repo_id, folder_path=files, commit_message=message), flag)
     url = f'{api.endpoint}/{repo_id}'
-    say(f"pushed to {url} ({message}): timm.create_model('hf-hub:{repo_id}', pretrained=True)")
+    log(f"pushed to {url} ({message}): timm.create_model('hf-hub:{repo_id}', pretrained=True)")
     return url
 
 
 class BackgroundPush:
-    """Pushes checkpoints that end an epoch while training goes on; where the network is slower, the newest one waits.
+    """Pushes checkpoints that end an epoch while training continues; where the network is slower, the newest one waits.
+    (`HfApi.run_as_future` would keep the process alive, after a signal too, until its push has ended.)
 
     Args:
         run: folder of the run, with args.yaml and summary.csv.
         results: of results.json, as far as they are known.
         student, export: the network, and what writes it into a folder, for its config.json.
-        say: prints a line.
+        log: prints a line.
         hub_strategy: `best`, `every_save`, or `end`: then there is nothing to do here.
         Others: as in :func:`push_run`; the repository has been checked.
     """
 
     def __init__(
-        self, run: Path, results: dict[str, Any], student: Any, export: Callable[..., Path], say: Callable[[str], None],
-        *, hub_strategy: str, hub_model_id: str, hub_private_repo: bool, hub_license: str, hub_weights: str,
+        self, run: Path, results: dict[str, Any], student: Any, export: Callable[..., Path], log: Callable[[str], None],
+        *, hub_strategy: str, hub_model_id: str, hub_license: str, hub_weights: str,
     ) -> None:  # fmt: skip
         self.run, self.repo_id, self.results = run, hub_model_id, results
-        self.strategy, self.license, self.say = hub_strategy, hub_license, say
+        self.strategy, self.license, self.log = hub_strategy, hub_license, log
         self.weights = 'ema' if hub_weights == 'ema' else 'last'
         self.temporary = tempfile.mkdtemp(prefix='timm_rld-push-')
         weakref.finalize(self, shutil.rmtree, self.temporary, ignore_errors=True)  # at the latest when Python ends
@@ -180,7 +176,7 @@ class BackgroundPush:
         threading.Thread(target=self._work, daemon=True).start()
 
     def __call__(self, checkpoint: Path, history: list[dict[str, float]], outcome: dict[str, Any]) -> None:
-        """Take a checkpoint that has just been written; returns at once."""
+        """Push a checkpoint that has just been written; returns at once."""
         best = outcome['best_epoch'] == history[-1]['epoch']
         if history[-1]['epoch'] == self.settings['epochs']:
             return  # the end pushes it
@@ -190,7 +186,7 @@ class BackgroundPush:
             file = Path(tempfile.mkdtemp(dir=self.temporary)) / 'model.safetensors'
             shutil.copyfile(checkpoint / ('ema.safetensors' if self.weights == 'ema' else 'model.safetensors'), file)
         except OSError as e:  # a full temporary folder must not stop the training
-            self.say(f'note: epoch {history[-1]["epoch"]:.0f} is not pushed ({e.strerror})')
+            self.log(f'note: epoch {history[-1]["epoch"]:.0f} is not pushed ({e.strerror})')
             return
         run = RunFiles(
             self.run, self.settings, {**self.results, **outcome}, [dict(row) for row in history], self.config
@@ -208,10 +204,10 @@ class BackgroundPush:
                     self.busy.wait()
                 (run, file), self.waiting, self.pushing = self.waiting, None, True
             try:
-                _push(run, file, self.repo_id, self.license, self.weights, self.say)
+                _push(run, file, self.repo_id, self.license, self.weights, self.log)
             except Exception as e:
                 why = (str(e) or type(e).__name__).splitlines()[0]
-                self.say(f'note: epoch {run.history[-1]["epoch"]:.0f} was not pushed ({why})')
+                self.log(f'note: epoch {run.history[-1]["epoch"]:.0f} was not pushed ({why})')
             finally:
                 shutil.rmtree(file.parent, ignore_errors=True)
                 with self.busy:
@@ -219,16 +215,16 @@ class BackgroundPush:
                     self.busy.notify_all()
 
     def wait(self) -> None:
-        """Until nothing is left to push, at most ten minutes."""
+        """Wait until nothing is left to push, at most ten minutes."""
         with self.busy:
             if self.waiting or self.pushing:
-                self.say('waiting for the push of an earlier epoch')
+                self.log('waiting for the push of an earlier epoch')
             if not self.busy.wait_for(lambda: not self.waiting and not self.pushing, timeout=600):
-                self.say('note: the push of an earlier epoch has not ended; going on without it')
+                self.log('note: the push of an earlier epoch has not ended; continuing without it')
 
 
 def find_weights(run: RunFiles, weights: str) -> Path:
-    """The safetensors file of some weights of a run.
+    """Return the safetensors file of some weights of a run.
 
     Raises:
         UserError: where the run does not have them.
@@ -276,16 +272,16 @@ def _read_card(api: Any, repo_id: str, folder: Path) -> str | None:
     except EntryNotFoundError:
         return None
     except UnicodeDecodeError as e:
-        raise UserError('push: the card on the Hub is not UTF-8 text; mend or delete README.md there') from e
+        raise UserError('push: the card on the Hub is not UTF-8 text; fix or delete README.md there') from e
     finally:
         shutil.rmtree(folder / '.card', ignore_errors=True)
 
 
-def _tried(function: Callable[[], T], flag: str) -> T:
+def _retried(function: Callable[[], T], flag: str) -> T:
     """Call the Hub, again after a while where the failure may pass: a busy or restarting server, a lost connection.
 
     Raises:
-        UserError: what the Hub said.
+        UserError: with the Hub's answer.
     """
     for wait in (*RETRY_SECONDS, None):
         try:
@@ -311,12 +307,12 @@ def _tried(function: Callable[[], T], flag: str) -> T:
 
 
 def _what_happened(error: BaseException) -> tuple[int, int, bool]:
-    """The Hub's status (0: none), the seconds it asks to wait, and whether the connection was lost. The client wraps
-    errors into others, and its HTTP library has another name from version to version."""
+    """Return the Hub's status (0: none), the seconds it asks to wait, and whether the connection was lost. The client
+    wraps errors into others, and its HTTP library has another name from version to version."""
     link: BaseException | None = error
     while link is not None:
         response = getattr(link, 'response', None)
-        if getattr(response, 'status_code', None):
+        if response is not None and getattr(response, 'status_code', None):
             asked = response.headers.get('Retry-After', '')
             return response.status_code, int(asked) if asked.isdigit() else 0, False
         library = type(link).__module__.partition('.')[0]

@@ -1,26 +1,29 @@
-"""Images a second of our loader beside timm's own, from the same files under the same augmentation."""
+"""Images a second of our loader beside timm's own, from the same files with the same augmentation.
+
+python benchmarks/data.py
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ..config import cores
-from ..data import Loader, Source, open_split, train_transform
-from ..errors import UsageError, UserError
-from ._measure import interleaved, markdown
+from timm_rld.bench.measure import interleaved, markdown, run_script
+from timm_rld.bench.photographs import write_photographs
+from timm_rld.data import Loader, Source, open_split, train_transform
+from timm_rld.errors import UsageError, UserError
+from timm_rld.files import cores
 
 NORM = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SEED = 0
@@ -103,29 +106,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (width.isdigit() and height.isdigit() and int(width) > 0 and int(height) > 0):
         raise UsageError(f'--photo {text}: expected WIDTHxHEIGHT, e.g. 500x375')
     return int(width), int(height)
-
-
-def draw_photograph(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    """Smooth noise at several scales, the coarser the stronger, as in photographs: about 50 KB as a 500×375 JPEG."""
-    width, height = size
-    pixels = np.full((height, width, 3), 118, np.float32)
-    for cells, strength in ((3, 60), (8, 40), (24, 25), (80, 14), (250, 7)):
-        shape = (max(2, cells * height // width), cells)
-        # mostly grey: the channels of a photograph go together
-        coarse = 0.9 * rng.normal(0, strength, (*shape, 1)) + 0.5 * rng.normal(0, strength, (*shape, 3))
-        for channel in range(3):
-            layer = Image.fromarray(coarse[..., channel].astype(np.float32))
-            pixels[..., channel] += np.asarray(layer.resize(size, Image.Resampling.BICUBIC))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def write_photographs(root: Path, count: int, size: tuple[int, int]) -> None:
-    """JPEGs in folders of two classes."""
-    rng = np.random.default_rng(SEED)
-    for i in range(count):
-        path = root / 'ab'[i % 2] / f'{i:05}.jpg'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_photograph(rng, size).save(path, quality=90)
 
 
 class _Images(Dataset):
@@ -216,3 +196,12 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark and print its result. Returns the exit code."""
+    return run_script(sys.modules[__name__], argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -8,7 +8,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ..errors import SampleError, UserError
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 try:
     import fcntl
 except ImportError:  # Windows has none
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
 _NAMES = {torch.float16: 'F16', torch.bfloat16: 'BF16', torch.float32: 'F32'}
@@ -29,7 +32,7 @@ class Rows:
     """A tensor `logits` `[N, C]` in a safetensors file, and a checksum for each row that is there.
 
     A row counts as there once its CRC-32, which is written after it, fits it: what a killed process or a full disk left
-    half done is found out when it is read, and written anew. Several processes may write at once, each its own rows.
+    half done is detected when it is read, and written again. Several processes may write at once, each its own rows.
     Reading takes a time that does not depend on N.
 
     Args:
@@ -56,7 +59,7 @@ class Rows:
         except OSError as e:
             raise UserError(f'{self.path}: cannot be read ({e.strerror})') from e
         except (KeyError, ValueError, TypeError, struct.error) as e:
-            raise UserError(f'{self.path}: not a file of cached logits; delete it to have it filled anew') from e
+            raise UserError(f'{self.path}: not a file of cached logits; delete it to have it computed again') from e
         self.row_bytes = (end - begin) // max(self.length, 1)
         self.start, self.crc_start, self.size = 8 + size + begin, 8 + size + crc_begin, 8 + size + end
         self._check_size()
@@ -141,7 +144,7 @@ class Rows:
         if there != self.size:
             raise kind(
                 f'{self.path}: is cut off or damaged ({there:,} bytes, {self.size:,} expected); delete it to have it '
-                'filled anew'
+                'computed again'
             )
 
     def write(self, indices: np.ndarray, rows: Tensor) -> None:
@@ -201,7 +204,7 @@ def _put(part: Path, path: Path) -> None:
             part.replace(path)
 
 
-def _crc(row: bytes | np.ndarray) -> int:
+def _crc(row: Buffer) -> int:
     return zlib.crc32(row) or 1  # 0 stands for a row that is not there
 
 

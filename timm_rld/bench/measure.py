@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 
 import torch
+
+from ..config import Parser
+from ..errors import run_main
 
 Rows = Sequence[dict[str, float | str]]
 
@@ -61,3 +68,21 @@ def peak_memory(step: Callable[[], None], device: str) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def run_script(module: ModuleType, argv: Sequence[str] | None = None) -> int:
+    """Run a benchmark's module as a command and print its result.
+
+    Args:
+        module: with `add_arguments(parser)` and `run(args)`.
+        argv: None for the command line's.
+
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = Path(module.__file__ or '').name
+    parser = Parser(prog=name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    module.add_arguments(parser)
+    parser.add_argument('--debug', action='store_true', help='show tracebacks')
+    return run_main(lambda: print(module.run(parser.parse_args(argv))), name, '--debug' in argv)

@@ -27,15 +27,12 @@ import numpy as np
 import timm
 import torch
 
-import timm_rld
-
-from .. import models  # noqa: F401  (in timm's registry)
-from ..config import cores
-from ..errors import Stopped, UsageError, UserError, did_you_mean
-from ..hub import export_model
-from ..loss import CRITERIA, get_criterion
-from ._measure import markdown
-from .data import draw_photograph
+from timm_rld.bench.measure import markdown, run_script
+from timm_rld.bench.photographs import draw_photograph
+from timm_rld.errors import Stopped, UsageError, UserError, did_you_mean
+from timm_rld.files import cores
+from timm_rld.hub import export_model
+from timm_rld.loss import CRITERIA, get_criterion
 
 TIMM, OURS = "timm's train.py", 'train_distill.py'
 LEAVE_SECONDS = 30.0
@@ -84,10 +81,6 @@ def run(args: argparse.Namespace) -> str:
         teacher = write_teacher(args.teacher, Path(folder) / 'teacher', classes, args.img_size)
         programs = commands(args, data, f'local-dir:{teacher}', len(classes), threads, Path(folder) / 'runs')
         env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
-        if (
-            env.get('GOMP_SPINCOUNT') == timm_rld.SPINCOUNT
-        ):  # ours, from importing timm_rld: timm's script has its own way
-            del env['GOMP_SPINCOUNT']
         env['ACCELERATE_USE_CPU'] = str(args.device == 'cpu').lower()
         found: dict[str, list[Measured]] = {name: [] for name in programs}
         with _told_to_stop():
@@ -117,7 +110,7 @@ class Measured:
 
     Attributes:
         seconds: between the ends of two batches.
-        peak: bytes of main memory, without those of loader workers; None where the system does not tell.
+        peak: bytes of main memory, without those of loader workers; None where the system does not report it.
     """
 
     seconds: float
@@ -148,7 +141,7 @@ def rows(found: dict[str, list[Measured]], images: int) -> list[dict[str, float 
 def commands(
     args: argparse.Namespace, data: Path, teacher: str, num_classes: int, threads: int, output: Path
 ) -> dict[str, list[str]]:
-    """The command of each row, timm's first. What both take alike is said to both."""
+    """Return the command of each row, timm's first. Both get the same settings."""
     both = [
         '--data-dir', str(data), '--img-size', str(args.img_size), '--batch-size', str(args.batch_size),
         '--workers', str(args.workers), '--output', str(output), '--opt', 'sgd', '--smoothing', '0.1',
@@ -180,7 +173,7 @@ def commands(
 
 
 def batch_done(line: str) -> tuple[int, int] | None:
-    """The batch of the first epoch whose end a line tells, from 1, and the epoch's batches; None for other lines."""
+    """Return the batch of the first epoch that a line reports, from 1, and the epoch's batches; None for others."""
     if found := _BATCH_OF_TIMM.search(line):
         return int(found[1]) + 1, int(found[2])
     if found := _BATCH_OF_OURS.match(line):
@@ -198,7 +191,7 @@ def measure(
         gently: let it end by itself when it is stopped.
 
     Raises:
-        UserError: where it ends before, with what it said, or an epoch has too few batches.
+        UserError: where it ends early, with its last output, or an epoch has too few batches.
     """
     said, error, started = '', '', None
     process = subprocess.Popen(
@@ -260,7 +253,7 @@ def _told_to_stop() -> Iterator[None]:
 
 
 def write_data(root: Path, count: int, classes: int, img_size: int) -> None:
-    """JPEGs in folders of classes, as large for the view as 500×375 for 224, at least one for each class and split."""
+    """JPEGs in folders of classes, as large as 500×375 is for 224, at least one for each class and split."""
     rng = np.random.default_rng(0)
     size = (max(2, 500 * img_size // 224), max(2, 375 * img_size // 224))
     made: list[Path] = []
@@ -321,3 +314,12 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f'--distill {name}: distils nothing; one of {", ".join(n for n in CRITERIA if n != name)}')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: there is none that torch can use; take cpu')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark and print its result. Returns the exit code."""
+    return run_script(sys.modules[__name__], argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,16 +1,12 @@
-"""The Hugging Face Hub: is it in reach, and a model as a plain timm folder."""
+"""A model as a plain timm folder."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import shutil
 import tempfile
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +14,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .errors import UserError, WriteError, writing
+from ..errors import UserError, WriteError, writing
 
-PROBE_SECONDS = 3.0
-
-# What an exported config must not inherit from the base weights: it would say that ours are theirs.
+# What an exported config must not inherit from the base weights, since it is not true of ours.
 _BASE_WEIGHTS_KEYS = ('tag', 'origin_url', 'paper_ids', 'paper_name', 'license', 'description', 'notes')
-
-
-@functools.cache
-def hub_in_reach() -> bool:
-    """Ask the Hub once per process whether it answers, for at most 3 s; if not, switch its client to offline mode.
-
-    Offline, whatever is in the local cache still loads, and whatever is not fails at once, rather than after the
-    client's 45 s of retries.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    answered = threading.Event()
-
-    def probe() -> None:  # in a thread: a look-up of the host's name knows no timeout
-        try:
-            urllib.request.urlopen(
-                urllib.request.Request(constants.ENDPOINT, method='HEAD'), timeout=PROBE_SECONDS
-            ).close()
-            answered.set()
-        except urllib.error.HTTPError:
-            answered.set()
-        except Exception:
-            pass
-
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    if not answered.is_set():
-        constants.HF_HUB_OFFLINE = True
-        try:
-            import datasets
-
-            datasets.config.HF_HUB_OFFLINE = True
-        except ImportError:
-            pass
-    return answered.is_set()
 
 
 def export_model(
@@ -110,9 +66,15 @@ def export_model(
     return folder
 
 
+def _architecture(model: nn.Module) -> str:
+    """Return timm's name of a network."""
+    config: Any = model.pretrained_cfg
+    return config['architecture']
+
+
 def _separate(model: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
-    """Give each tensor of a state dict contiguous memory of its own, as safetensors asks: some networks (coat) use the
-    same weights in several places, and in training they may lie channels-last."""
+    """Give each tensor of a state dict contiguous memory of its own, as safetensors requires: some networks (coat) use
+    the same weights in several places, and in training they may lie channels-last."""
     seen = set()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -135,7 +97,7 @@ def check_export(model: nn.Module, flag: str, data_config: dict[str, Any]) -> No
     """
     from timm import create_model
 
-    refused = f'{flag}: {model.pretrained_cfg["architecture"]} cannot be exported and loaded again as a timm folder'
+    refused = f'{flag}: {_architecture(model)} cannot be exported and loaded again as a timm folder'
     training, x = model.training, torch.rand(1, *data_config['input_size'], generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(prefix='timm_rld-') as parent, torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
@@ -143,15 +105,15 @@ def check_export(model: nn.Module, flag: str, data_config: dict[str, Any]) -> No
             again = create_model(f'local-dir:{folder}', pretrained=True).eval()
             same = all(torch.equal(*pair) for pair in zip(model.state_dict().values(), again.state_dict().values()))
             same = same and torch.allclose(model.eval()(x), again(x), rtol=1e-3, atol=1e-3, equal_nan=True)
-        except (OSError, WriteError):  # no room for a trial: that says nothing of the network
+        except (OSError, WriteError):  # no room for a trial, which is not the network's fault
             return
         except Exception as e:
             why = str(e).strip().partition('\n')[0][:200] or type(e).__name__
-            raise UserError(f'{refused} ({why}); take another architecture') from e
+            raise UserError(f'{refused} ({why}); use another architecture') from e
         finally:
             model.train(training)
     if not same:
-        raise UserError(f'{refused} (it is another network then); take another architecture')
+        raise UserError(f'{refused} (it is another network then); use another architecture')
 
 
 def _save_for_hf(model: nn.Module, folder: Path, model_config: dict[str, Any], data_config: dict[str, Any]) -> None:
@@ -159,7 +121,7 @@ def _save_for_hf(model: nn.Module, folder: Path, model_config: dict[str, Any], d
     from timm.models import save_for_hf
 
     try:
-        save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
+        save_for_hf(model, str(folder), model_config=model_config, safe_serialization=True, data_config=data_config)
     except SafetensorError as e:
         if not (found := re.search(r'\(os error (\d+)\)', str(e))):
             raise
@@ -167,12 +129,13 @@ def _save_for_hf(model: nn.Module, folder: Path, model_config: dict[str, Any], d
 
 
 def _how_to_load(model: nn.Module, folder: str) -> str:
-    """A README: the lines that load a model folder. Networks of ours need our registration first."""
-    ours = type(model).__module__.partition('.')[0] == __package__
+    """Return a README: the lines that load a model folder. Networks of ours need our registration first."""
+    package = __package__.partition('.')[0]
+    ours = type(model).__module__.partition('.')[0] == package
     name = f'local-dir:path/to/{folder}'  # quoted as Python does: a backtick or a line's end stays within it
-    registers = f"import {__package__}  # puts {model.pretrained_cfg['architecture']} into timm's registry\n"
+    registers = f"import {package}  # puts {_architecture(model)} into timm's registry\n"
     return (
-        f'# {model.pretrained_cfg["architecture"]}\n\nA timm model folder, distilled with {__package__}.\n\n```python\n'
+        f'# {_architecture(model)}\n\nA timm model folder, distilled with {package}.\n\n```python\n'
         f'{registers if ours else ""}import timm\n\n'
         f'model = timm.create_model({name!r}, pretrained=True).eval()\n'
         'config = timm.data.resolve_data_config({}, model=model, use_test_size=True)\n'

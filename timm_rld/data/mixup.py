@@ -18,12 +18,13 @@ class MixedTarget(NamedTuple):
     lam: float
 
 
-class Mixing:
+class Mixup:
     """Mixes each image with its neighbour: the partner is the batch rolled by one, so odd batches work too.
 
     λ, and for CutMix the box, follow from (seed, epoch, batch number) and are the same for the whole batch, on every
-    process. Mixed pixels are rounded to whole grey values, so that both networks see one uint8 view, as with timm's
-    prefetching loader.
+    process. Mixed pixels are rounded to whole grey values, so that both networks see the same uint8 pixels, as with
+    timm's prefetching loader. (timm's Mixup makes soft targets, which a criterion like RLD cannot use, and needs even
+    batches; what it draws is taken from it.)
 
     Args:
         mixup: α of mixup's Beta distribution, 0 for off.
@@ -46,13 +47,15 @@ class Mixing:
         off_epoch: int = 0,
         seed: int = 0,
     ) -> None:
-        from timm.data.mixup import Mixup
+        from timm.data.mixup import Mixup as TimmMixup
 
         self.active = mixup > 0 or cutmix > 0 or cutmix_minmax is not None
         self.off_epoch, self.seed = off_epoch, seed
         self.minmax = cutmix_minmax
         if self.active:
-            self.draw = Mixup(mixup, cutmix, cutmix_minmax, prob=prob, switch_prob=switch_prob, label_smoothing=0)
+            self.timm_mixup = TimmMixup(
+                mixup, cutmix, cutmix_minmax, prob=prob, switch_prob=switch_prob, label_smoothing=0
+            )
 
     def __call__(self, pixels: Tensor, target: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor | MixedTarget]:
         """Mix a batch.
@@ -70,8 +73,10 @@ class Mixing:
             return pixels, target
         from timm.data.mixup import cutmix_bbox_and_lam
 
+        from .._timm import mixup_params
+
         with seeded(MIX, self.seed, epoch, batch):
-            lam, use_cutmix = self.draw._params_per_batch()
+            lam, use_cutmix = mixup_params(self.timm_mixup)
             if use_cutmix:
                 (top, bottom, left, right), lam = cutmix_bbox_and_lam(pixels.shape, lam, ratio_minmax=self.minmax)
         lam = float(lam)

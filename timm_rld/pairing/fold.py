@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def _fold_right_ones(model: nn.Module, pairs: list[Pair], is_right: Callable[[],
         if checks == CHECKS or not some:
             return []
         checks += 1
-        unfolded = {name: model.get_submodule(name) for pair in some for name in pair}
+        unfolded: dict[str, Any] = {name: model.get_submodule(name) for pair in some for name in pair}
         for conv, norm in some:
             model.set_submodule(conv, nn.utils.fuse_conv_bn_eval(unfolded[conv], unfolded[norm]))
             rest = [unfolded[norm].drop, unfolded[norm].act] if hasattr(unfolded[norm], 'act') else []
@@ -89,7 +90,7 @@ def _run(model: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _distance(logits: Tensor | None, truth: Tensor | None) -> float:
-    """The largest difference, as a share of an image's largest logit; infinite where there is none to tell."""
+    """Return the largest difference, as a share of an image's largest logit; infinite where it is not a number."""
     if logits is None or truth is None:
         return math.inf
     difference = (logits - truth).abs().flatten(1).amax(1) / truth.abs().flatten(1).amax(1)
@@ -107,7 +108,7 @@ class _Reads(TorchDispatchMode):
         super().__init__()
         self.counts: dict[int, int] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs)):
             if id(value) in self.counts:
                 self.counts[id(value)] += 1
@@ -124,12 +125,12 @@ def _look(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Pair]]:
     from timm.layers import BatchNormAct2d, Conv2dSame
 
     convs, norms = (nn.Conv2d, Conv2dSame), (nn.BatchNorm2d, BatchNormAct2d)  # these very types: others compute more
-    outputs: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no id comes twice
+    outputs: dict[int, tuple[str, Tensor]] = {}  # holds the tensors, so that no id comes twice
     pairs: dict[Pair, int] = {}
     calls: dict[str, int] = {}
     reads = _Reads()
 
-    def look(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def look(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         calls[name] = calls.get(name, 0) + 1
         if isinstance(module, convs):
             outputs[id(output)], reads.counts[id(output)] = (name, output), 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -17,59 +15,90 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..config import Config, to_yaml, write_whole
 from ..data import Source
 from ..data.replay import ReplayDataset
+from ..distributed import all_reduce_max, main_first, main_only
 from ..errors import SampleError, UserError, writing
-from ..guard import highest
-from ..pairing import Teacher, weights_digest
-from ..runs import main_first, main_only
-from ._rows import DTYPES, Rows, rounded
-from .facts import Purpose, _sha256, difference, weights_file
+from ..files import write_atomic
+from ..pairing import Teacher, weights_digest, weights_file
+from .key import CacheKey, difference, short_digest, teacher_digest
+from .rows import DTYPES, Rows, rounded
 
 try:
     import fcntl
 except ImportError:  # Windows has none
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 class TeacherCache:
-    """A teacher's logits on the first K epochs' images of a run, kept in a folder; epoch e sees the images of epoch
-    (e - 1) mod K + 1 again, in an order of its own, so that the teacher has been asked about them already.
+    """A teacher's logits on the images of a run's first K epochs, in a folder. Epoch e sees the images of epoch
+    (e - 1) mod K + 1 again (its augmentation epoch), in an order of its own, so that the teacher has seen them already.
 
     What is read is what was written: logits are rounded to the file's dtype before they are used for the first time, so
-    that a run's result does not depend on what the folder held when it began.
+    that a run's result does not depend on what the folder held when it started.
 
     Args:
-        config: resolved; `teacher_cache`, `teacher_cache_views`, `teacher_cache_dtype`.
+        folder: is made if it does not exist.
         accelerator: of the run.
         train, val: the splits.
+        data_config: the student's preprocessing.
+        arguments: of :func:`create_teacher` (with its `name`), :func:`open_splits` and :func:`create_loaders`, by
+            function: what the rows depend on, and what `timm-rld cache verify` builds again.
+        depends_on: further settings that a training row depends on, by flag (:class:`CacheKey`).
+        augmentation_epochs: K.
+        dtype: `float16`, `bfloat16` or `float32`.
+        epochs: of the run.
+        train_teacher: whether the teacher is trained first, so that its weights are not known yet.
 
     Attributes:
-        complete: whether nothing is left to be asked of the teacher. Only once it is open.
-        body: what cache.json holds.
+        complete: whether nothing is left to be computed, so that the teacher need not be built.
+        validated: whether the validation rows are there.
+        body: what cache.json holds; None until the teacher's weights are known.
+
+    Raises:
+        UserError: as :meth:`open`; for a streamed dataset.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, train: Source, val: Source) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        accelerator: Accelerator,
+        train: Source,
+        val: Source,
+        data_config: dict[str, Any],
+        *,
+        arguments: dict[str, dict[str, Any]],
+        depends_on: dict[str, Any],
+        augmentation_epochs: int,
+        dtype: str = 'float16',
+        epochs: int = 0,
+        train_teacher: bool = False,
+    ) -> None:
         if train.streamed:
             raise UserError(
-                f'--teacher-cache {config.teacher_cache}: {config.dataset} is read as a stream, whose images have no '
-                'index to keep a row by; take hfds/… or a folder, or leave the cache out'
+                f'--teacher-cache {folder}: {arguments["open_splits"]["dataset"]} is read as a stream, whose images '
+                'have no index to keep a row by; use hfds/… or a folder, or leave the cache out'
             )
-        self.config, self.accelerator, self.train, self.val = config, accelerator, train, val
-        self.folder = Path(config.teacher_cache).expanduser()
-        self.views, self.dtype = config.teacher_cache_views, DTYPES[config.teacher_cache_dtype]
-        self._check_folder()
+        self.accelerator, self.train, self.val = accelerator, train, val
+        self.folder = Path(folder).expanduser()
+        self.arguments, self.epochs, self.train_teacher = arguments, epochs, train_teacher
+        self.augmentation_epochs, self.dtype = augmentation_epochs, DTYPES[dtype]
+        self.key = CacheKey(arguments, depends_on, dtype, train, val, data_config, accelerator.mixed_precision)
         self.complete = self.validated = False
         self.body: dict[str, Any] | None = None
         self._open: dict[str, Rows] = {}
         self._held: int | None = None
         self._pending: list[tuple[torch.cuda.Event, Rows, np.ndarray, Tensor]] = []
+        self._check_folder()
+        if not train_teacher and (weights := self._weights_file()):
+            self.open(weights)
+            if self.complete:
+                accelerator.print('  the teacher is not loaded')
 
     # ------------------------------------------------------------------------------------------------------- opening
 
     def _check_folder(self) -> None:
-        """Before a teacher is fitted."""
+        """Check it before a teacher is trained."""
         try:
             there = (
                 [p.name for p in self.folder.iterdir() if not p.name.startswith('.')] if self.folder.exists() else []
@@ -79,78 +108,69 @@ class TeacherCache:
         if there and 'cache.json' not in there:
             raise UserError(f'--teacher-cache {self.folder}: is not empty and not a cache; name another folder')
 
-    def needs_teacher(self, data_config: dict[str, Any]) -> bool:
-        """Open the folder, where the weights are at hand to be compared, and say whether the teacher must be built.
+    def _weights_file(self) -> Path | None:
+        a = self.arguments['create_teacher']
+        return weights_file(a['name'], a['checkpoint'])
 
-        Args:
-            data_config: the student's preprocessing.
-
-        Raises:
-            UserError: as :meth:`open`.
-        """
-        weights = weights_file(self.config.teacher, self.config.teacher_checkpoint)
-        if weights is not None and not self.config.teacher_epochs:
-            self.open(data_config, weights)
-        if self.complete:
-            self.accelerator.print('  the teacher is not loaded')
-        return not self.complete
-
-    def open(self, data_config: dict[str, Any], weights: Path | None = None, teacher: Teacher | None = None) -> None:
+    def open(self, weights: Path | None = None, teacher: Teacher | None = None) -> None:
         """Find out what the folder holds, unless that is done; called on every process.
 
         Args:
-            data_config: the student's preprocessing.
             weights: the file of the teacher's weights, where it is not the published one.
-            teacher: where it has been built: its weights stand for themselves if there is no file.
+            teacher: where it has been built: the digest of its weights is used if there is no file.
 
         Raises:
             UserError: where it holds logits of something else, cannot be written, or the disk has no room.
         """
         if self.body is not None:
             return
-        weights = weights or weights_file(self.config.teacher, self.config.teacher_checkpoint)
-        digest = f'sha256 {_sha256(weights)}' if weights else f'weights {weights_digest(teacher)}'
-        purpose = Purpose(self.config, self.train, self.val, data_config, self.accelerator.mixed_precision)
-        self.facts, self.validation_facts = purpose.facts(digest), purpose.validation_facts(digest)
+        weights = weights or self._weights_file()
+        digest = teacher_digest(weights, weights_digest(teacher))
+        self.facts, self.validation_facts = self.key.training(digest), self.key.validation(digest)
         self.body = {
-            'facts': self.facts, 'data_config': data_config, 'settings': to_yaml(_from_anywhere(self.config)),
+            'facts': self.facts, 'data_config': self.key.data_config, 'arguments': self.arguments,
+            'depends_on': self.key.depends_on, 'train_teacher': self.train_teacher,
             'weights_file': weights and os.path.abspath(weights), 'validation': {},
         }  # fmt: skip
-        self.validation_name = f'validation-{digest_of(self.validation_facts)}'
+        self.validation_name = f'validation-{short_digest(self.validation_facts)}'
         main_first(self.accelerator, self._claim)
-        views = sum(self._filled(self._view(v), len(self.train)) for v in range(1, self.views + 1))
+        epochs, filled = self.augmentation_epochs, 0
+        for epoch in range(1, epochs + 1):
+            filled += self._filled(self._name(epoch), len(self.train))
         validated = self.validation_name in self.body['validation']
         validated = validated and self._filled(self.validation_name, len(self.val))
-        not_complete, not_validated = highest(self.accelerator, views < self.views, not validated)
+        not_complete, not_validated = all_reduce_max(self.accelerator, filled < epochs, not validated)
         self.validated, self.complete = not not_validated, not (not_validated or not_complete)
-        size = sum(self._size(name) for name in self._names())
-        self.accelerator.print(
-            f'teacher cache {self.folder}: {self.views} view(s) of {len(self.train):,} images, '
-            f'{self.train.num_classes} classes, {self.config.teacher_cache_dtype}: {_bytes(size)}; '
-            + ('complete' if self.complete else f'{views} view(s) are there')
-        )
-        if self.complete and self.config.teacher_epochs and weights:
-            self.accelerator.print(f'  --teacher local-dir:{weights.parent} --teacher-epochs 0 would spare fitting it')
-        if views and not self.complete and not self.validated and views == self.views:
-            self.accelerator.print(
-                '  the teacher is loaded to be judged on the validation images as this student sees them'
+        self._print_state(filled, weights)
+
+    def _print_state(self, filled: int, weights: Path | None) -> None:
+        size, epochs = sum(self._size(name) for name in self._names()), self.augmentation_epochs
+        lines = [
+            f'teacher cache {self.folder}: {epochs} augmentation epoch(s) of {len(self.train):,} images, '
+            f'{self.train.num_classes} classes, {self.key.dtype}: {_bytes(size)}; '
+            + ('complete' if self.complete else f'{filled} of {epochs} cached')
+        ]
+        if self.complete and self.train_teacher and weights:
+            lines.append(f'  --teacher local-dir:{weights.parent} --teacher-epochs 0 would save training it')
+        if filled == epochs and not self.complete and not self.validated:
+            lines.append('  the teacher is loaded to be evaluated on the validation images as this student sees them')
+        if epochs == self.epochs and not filled:
+            lines.append(
+                f'  as many augmentation epochs as epochs ({epochs}): this run computes the logits of every image '
+                'anyway; the next with this teacher, data and seed does not'
             )
-        if self.views == self.config.epochs and not views:
-            self.accelerator.print(
-                f'  as many views as epochs ({self.views}): this run asks the teacher about every image anyway; '
-                'the next with this teacher, data and seed does not'
-            )
+        self.accelerator.print('\n'.join(lines))
 
     def _claim(self) -> None:
         """Make the folder, or compare what it holds with what is wanted. Of runs that begin at once one makes it, the
-        others compare. What a run left that never wrote a row does not bind the next."""
+        others compare. What a run left behind that never wrote a row does not bind the next."""
         file = self.folder / 'cache.json'
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             alone = self._lock()
             there = read_body(self.folder) if file.exists() else None
             found = difference(there['facts'], self.facts) if there else ''
-            if found and not (alone and not any(self.folder.glob('view-*'))):
+            if found and not (alone and not any(self.folder.glob('epoch-*'))):
                 raise UserError(
                     f'--teacher-cache {self.folder}: holds logits of something else: {found}; name another folder'
                 )
@@ -173,8 +193,8 @@ class TeacherCache:
             raise UserError(f'--teacher-cache {self.folder}: cannot be written ({e.strerror})') from e
 
     def _lock(self) -> bool:
-        """Share the folder with other runs for as long as this one lasts, and say whether there is none yet: then it is
-        this one's alone until it shares it."""
+        """Share the folder with other runs for as long as this one lasts. Returns whether there is no other yet:
+        then it is this one's alone until it shares it."""
         if fcntl is None:
             return True
         try:
@@ -190,22 +210,23 @@ class TeacherCache:
             return False
 
     def _write_body(self) -> None:
-        write_whole(self.folder / 'cache.json', json.dumps(self.body, indent=1, ensure_ascii=False))
+        write_atomic(self.folder / 'cache.json', json.dumps(self.body, indent=1, ensure_ascii=False))
 
     # ---------------------------------------------------------------------------------------------------------- files
 
     @staticmethod
-    def _view(view: int) -> str:
-        return f'view-{view:04}'
+    def _name(augmentation_epoch: int) -> str:
+        return f'epoch-{augmentation_epoch:04}'
 
     def _names(self) -> list[str]:
-        return [*map(self._view, range(1, self.views + 1)), self.validation_name]
+        return [*map(self._name, range(1, self.augmentation_epochs + 1)), self.validation_name]
 
     def _path(self, name: str) -> Path:
         return self.folder / f'{name}.safetensors'
 
     def _shape(self, name: str) -> tuple[int, int, torch.dtype]:
-        """Of validation logits nothing is rounded: they are few, and their order is the teacher's prediction."""
+        """Return rows, classes and dtype of a file. Validation logits are not rounded: they are few, and their order is
+        the teacher's prediction."""
         validation = name == self.validation_name
         length = len(self.val if validation else self.train)
         return length, self.train.num_classes, torch.float32 if validation else self.dtype
@@ -214,21 +235,19 @@ class TeacherCache:
         length, width, dtype = self._shape(name)
         return length * (width * dtype.itemsize + 4)
 
-    def _rows(self, name: str, create: bool = True) -> Rows | None:
+    def _rows(self, name: str) -> Rows:
         if name not in self._open:
             length, width, dtype = self._shape(name)
             path = self._path(name)
-            if not create and not path.exists():
-                return None
             rows = Rows.create(path, length, width, dtype)
             if (rows.length, rows.width, rows.dtype) != (length, width, dtype):
-                raise UserError(f'{path}: has another shape than cache.json says; delete it to have it filled anew')
+                raise UserError(f'{path}: has another shape than cache.json says; delete it to have it computed again')
             self._open[name] = rows
         return self._open[name]
 
     def _filled(self, name: str, length: int) -> bool:
-        rows = self._rows(name, create=False)
-        return rows is not None and bool(rows.filled()[:length].all())
+        there = name in self._open or self._path(name).exists()
+        return there and bool(self._rows(name).filled()[:length].all())
 
     def _write(self, rows: Rows, indices: np.ndarray, values: Tensor) -> None:
         """Write, from a GPU once its copy is there, which no step waits for."""
@@ -248,73 +267,73 @@ class TeacherCache:
             event.synchronize()
             rows.write(indices, host)
 
-    # ----------------------------------------------------------------------------------------------------- what it is
+    def augmentation_epoch(self, epoch: int) -> int:
+        """Return the epoch whose images an epoch sees: (e - 1) mod K + 1."""
+        return (epoch - 1) % self.augmentation_epochs + 1
 
-    def view_of(self, epoch: int) -> int:
-        """Whose images an epoch sees: epoch (e - 1) mod K + 1."""
-        return (epoch - 1) % self.views + 1
-
-    def logits(self, epoch: int, indices: Tensor, target: Tensor, ask: Callable[[], Tensor] | None = None) -> Tensor:
-        """Logits of a batch, from the disk or of the teacher; what it says is kept.
+    def logits(
+        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """Return the logits of a batch, from the disk or of the teacher; those of the teacher are cached.
 
         Args:
             epoch: 1-based.
             indices: of the images in the dataset, `[B]`, on the CPU.
             target: their classes, `[B]`.
-            ask: gives the teacher's logits `[B, C]`; None where there is no teacher.
+            compute: returns the teacher's logits `[B, C]`; None where there is no teacher.
 
         Returns:
             `[B, C]`, float32, on the target's device.
 
         Raises:
-            SampleError: where a row is damaged and there is no teacher to ask.
+            SampleError: where a row is damaged and there is no teacher.
             UserError: where rows cannot be written.
         """
-        rows, where = self._rows(self._view(self.view_of(epoch))), indices.numpy()
+        rows, where = self._rows(self._name(self.augmentation_epoch(epoch))), indices.numpy()
         found = rows.read(where)
         if found is not None:
             if target.device.type == 'cuda':
                 found = found.pin_memory()
             return found.to(target.device, non_blocking=True).float()
-        if ask is None:
+        if compute is None:
             raise SampleError(
                 f'{rows.path}: a row is missing or damaged, and the teacher was not loaded, as the cache seemed '
-                'complete; delete this file to have it filled anew '
+                'complete; delete this file to have it computed again '
                 f'(`timm-rld cache verify {self.folder}` lists what is damaged)'
             )
-        stored = rounded(ask().float(), target, self.dtype)
+        stored = rounded(compute().float(), target, self.dtype)
         self._write(rows, where, stored)
         if stored.device.type == 'cpu' and (found := rows.read(where)) is not None:
             stored = found  # a row that was there stays, whatever batch it came from
         return stored.float()
 
     def end_epoch(
-        self, epoch: int, left_out: Sequence[int], dataset: ReplayDataset, ask: Callable[[Tensor], Tensor] | None
+        self, epoch: int, left_out: Sequence[int], dataset: ReplayDataset, compute: Callable[[Tensor], Tensor] | None
     ) -> None:
-        """Write what has been put off; and ask about the images that the epoch left out (an incomplete last batch that
-        batch norm cannot take), since a later one with the same view will not.
+        """Write what has been put off, and the images that the epoch left out (an incomplete last batch that batch norm
+        cannot take), since a later epoch that sees the same images will not leave out the same ones.
 
         Args:
             left_out: their indices.
-            dataset: key (view, index) → (pixels, target, index).
-            ask: pixels → the teacher's logits.
+            dataset: key (augmentation epoch, index) → (pixels, target, index).
+            compute: pixels → the teacher's logits.
         """
         self.flush()
-        view = self.view_of(epoch)
-        if not left_out or ask is None or epoch != view or not self.accelerator.is_main_process:
+        seen = self.augmentation_epoch(epoch)
+        if not left_out or compute is None or epoch != seen or not self.accelerator.is_main_process:
             return
-        pixels, target, indices = zip(*(dataset[view, index] for index in left_out))
-        target = torch.tensor(target, device=self.accelerator.device)
+        pixels, classes, indices = zip(*(dataset[seen, index] for index in left_out))
+        target = torch.tensor(classes, device=self.accelerator.device)
         batch = torch.stack([torch.as_tensor(p) for p in pixels]).to(self.accelerator.device)
-        self.logits(epoch, torch.tensor(indices), target, lambda: ask(batch))
+        self.logits(epoch, torch.tensor(indices), target, lambda: compute(batch))
         self.flush()
 
-    def keep_validation(self, indices: Tensor, target: Tensor, logits: Tensor) -> None:
+    def write_validation(self, indices: Tensor, target: Tensor, logits: Tensor) -> None:
         """Write the validation logits of a batch."""
         self._write(self._rows(self.validation_name), indices.numpy(), logits.detach().float())
 
     def end_validation(self, top1: float, digest: str | None, folded: int) -> None:
-        """All validation logits have been kept; called on every process.
+        """Note that all validation logits have been written; called on every process.
 
         Args:
             top1: of the teacher, percent.
@@ -332,25 +351,27 @@ class TeacherCache:
                 self._write_body()
 
         main_only(self.accelerator, add)
+        assert self.body is not None  # open() was called
         self.body['validation'][self.validation_name] = found
         self.validated = True
 
     def validation(self, indices: Sequence[int]) -> tuple[float, Tensor, str | None]:
-        """What the teacher said of the validation split: its top-1 (percent), its predicted classes for the given
-        images, the digest of its weights.
+        """Return the teacher's top-1 on the validation split (percent), its predicted classes for the given images, and
+        the SHA-256 of its weights.
 
         Raises:
             UserError: where a row is damaged.
         """
+        assert self.body is not None  # open() was called
         rows, found = self._rows(self.validation_name), self.body['validation'][self.validation_name]
         logits = rows.read(np.asarray(indices, dtype=np.int64))
         if logits is None:
-            raise UserError(f'{rows.path}: a row is damaged; delete this file to have it filled anew')
+            raise UserError(f'{rows.path}: a row is damaged; delete this file to have it computed again')
         return found['teacher_top1'], logits.argmax(dim=1), found['teacher_sha256']
 
 
 def read_body(folder: Path) -> dict[str, Any]:
-    """What cache.json says.
+    """Return what cache.json holds.
 
     Raises:
         UserError: where there is none, or it is damaged.
@@ -358,7 +379,7 @@ def read_body(folder: Path) -> dict[str, Any]:
     file = folder / 'cache.json'
     try:
         body = json.loads(file.read_text(encoding='utf-8'))
-        kinds = {'facts': dict, 'settings': str, 'data_config': dict, 'validation': dict}
+        kinds = dict.fromkeys(('facts', 'arguments', 'depends_on', 'data_config', 'validation'), dict)
         if not all(isinstance(body.get(name), kind) for name, kind in kinds.items()):
             raise ValueError
     except FileNotFoundError as e:
@@ -366,27 +387,8 @@ def read_body(folder: Path) -> dict[str, Any]:
     except OSError as e:
         raise UserError(f'{file}: cannot be read ({e.strerror})') from e
     except (ValueError, TypeError, AttributeError) as e:
-        raise UserError(f'{file}: is damaged; delete {folder} to have it filled anew') from e
+        raise UserError(f'{file}: is damaged; delete {folder} to have it computed again') from e
     return body
-
-
-def digest_of(facts: dict[str, Any]) -> str:
-    """Short."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _from_anywhere(config: Config) -> Config:
-    """The settings with paths that do not depend on the folder a program is started in."""
-    paths = {}
-    for name in ('data_dir', 'teacher_checkpoint', 'teacher_class_map', 'class_map'):
-        value = getattr(config, name)
-        if value and os.path.exists(os.path.expanduser(value)):
-            paths[name] = os.path.abspath(os.path.expanduser(value))
-    for name in ('dataset', 'teacher', 'student'):
-        scheme, separator, rest = (getattr(config, name) or '').partition('/' if name == 'dataset' else ':')
-        if rest and os.path.exists(os.path.expanduser(rest)):
-            paths[name] = scheme + separator + os.path.abspath(os.path.expanduser(rest))
-    return dataclasses.replace(config, **paths)
 
 
 def _bytes(count: float) -> str:

@@ -1,0 +1,21 @@
+"""The settings of a run: the table (settings), defaults (resolve), command line and YAML (parse)."""
+
+from .parse import (
+    Parser,
+    find_recipe,
+    list_recipes,
+    load_yaml,
+    load_yaml_text,
+    parse_args,
+    recipes_folder,
+    run_of,
+    to_yaml,
+)
+from .resolve import auto_workers, resolve, uses_sample, warmup_epochs
+from .settings import FIELDS, Config, absolute, flag_of, marked, setting
+
+__all__ = [
+    'absolute', 'auto_workers', 'Config', 'FIELDS', 'find_recipe', 'flag_of', 'list_recipes', 'load_yaml',
+    'load_yaml_text', 'marked', 'parse_args', 'Parser', 'recipes_folder', 'resolve', 'run_of', 'setting', 'to_yaml',
+    'uses_sample', 'warmup_epochs',
+]  # fmt: skip

@@ -1,0 +1,386 @@
+"""The table of settings: one row each, with all that is true of it. Every other list of settings is derived from it.
+
+`None` means "not given": :mod:`timm_rld.config.resolve` fills it in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    gt: float | None = None,
+    ge: float | None = None,
+    le: float | None = None,
+    lengths: tuple[int, ...] = (),
+    alias: str = '',
+    flag: bool = False,
+    sample: Any = None,
+    used_by: str = '',
+    logits: bool | Callable[[Config], bool] = False,
+    resumable: bool = False,
+    path: bool | str = False,
+    per_run: bool = False,
+    belongs_to: str = '',
+) -> Any:
+    """A row of the table: a field of :class:`Config`.
+
+    Args:
+        default: where neither the command line nor a file gives the setting.
+        group: heading in `--help`.
+        help: for `--help`.
+        choices, gt, ge, le: bounds of the value, or of each of its values.
+        lengths: how many values a list may have; any number if empty.
+        alias: a short flag, as in timm.
+        flag: a boolean that is on when the flag is given, with no `--no-` form (timm's `--no-aug`).
+        sample: default on the sample dataset, in place of timm's.
+        used_by: functions that take the setting as an argument, separated by spaces: `name`, or `name:argument` where
+            the argument has another name (:meth:`Config.arguments_of`).
+        logits: whether a cached logit of a training image depends on it (the augmentation, the compilation); or a
+            function of the settings that returns this.
+        resumable: whether a run may be resumed with another value: the result is the same.
+        path: whether the value is a path; `'prefixed'` where a path may follow a prefix (`local-dir:`, `hfds/`).
+        per_run: chosen for each run of a comparison.
+        belongs_to: the setting whose choice this one completes. Where the command line changes that choice, a value
+            from a file no longer applies.
+    """
+    arguments = dict(entry.partition(':')[::2] for entry in used_by.split())
+    metadata = dict(
+        group=group, help=help, choices=choices, gt=gt, ge=ge, le=le, lengths=lengths, alias=alias, flag=flag,
+        sample=sample, used_by=arguments, logits=logits, resumable=resumable, path=path, per_run=per_run,
+        belongs_to=belongs_to,
+    )  # fmt: skip
+    factory = (lambda: dict(default)) if isinstance(default, dict) else None
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+MODELS, DISTILL, DATA, AUG, OPTIM, SCHED, RUN, CKPT, HUB, OUT = (
+    'teacher and student',
+    'distillation',
+    'data',
+    'augmentation',
+    'optimizer',
+    'learning rate',
+    'devices and speed',
+    'checkpoints and faults',
+    'Hugging Face Hub',
+    'output',
+)
+Floats = tuple[float, ...]
+
+
+@dataclass
+class Config:
+    """All settings of a run, under the names of timm's `train.py` where it has them. Each field's help says more."""
+
+    # teacher and student
+    teacher: str | None = setting(None, MODELS, 'teacher: a timm name, hf-hub:user/model or local-dir:path',
+        used_by='create_teacher:name', path='prefixed')  # fmt: skip
+    student: str | None = setting(None, MODELS, 'student: a timm name, hf-hub:user/model or local-dir:path',
+        used_by='create_student:name', path='prefixed')  # fmt: skip
+    teacher_checkpoint: str | None = setting(None, MODELS,
+        'weights of the teacher, .safetensors or .pth (read with weights_only)', used_by='create_teacher:checkpoint',
+        path=True)  # fmt: skip
+    teacher_epochs: int | None = setting(None, MODELS,
+        'train the teacher on this dataset for N epochs first; 0: do not', ge=0, sample=7)  # fmt: skip
+    teacher_lr: float | None = setting(None, MODELS, "learning rate of the teacher's training (default: --lr)", gt=0)
+    teacher_pretrained: bool | None = setting(None, MODELS, 'use the published weights of the teacher (default: yes)',
+        used_by='create_teacher:pretrained')  # fmt: skip
+    teacher_class_map: str | None = setting(None, MODELS,
+        "map the dataset's classes to the teacher's outputs: 'auto' (by label names) or a JSON file",
+        used_by='create_teacher:class_map', path=True)  # fmt: skip
+    min_teacher_acc: float | None = setting(None, MODELS,
+        'stop if the top-1 %% of the teacher is below this (default: near chance); 0: never', ge=0, le=100,
+        resumable=True)  # fmt: skip
+    teacher_img_size: int | None = setting(None, MODELS,
+        'resize images to this size for the teacher (default: only for fixed-size networks)', gt=0,
+        used_by='create_teacher:img_size')  # fmt: skip
+    teacher_mean: Floats | None = setting(None, MODELS, "normalisation of the teacher (default: its own config's)",
+        used_by='create_teacher:mean')  # fmt: skip
+    teacher_std: Floats | None = setting(None, MODELS, "normalisation of the teacher (default: its own config's)", gt=0,
+        used_by='create_teacher:std')  # fmt: skip
+    student_pretrained: bool = setting(False, MODELS,
+        'start the student from its published weights, with a fresh head where the classes differ',
+        used_by='create_student:pretrained')  # fmt: skip
+    model_kwargs: dict = setting({}, MODELS, "further arguments for the student's constructor, as name=value")
+    drop: float | None = setting(None, MODELS, 'dropout of the student', ge=0, le=1, used_by='create_student:drop_rate')
+    drop_path: float | None = setting(None, MODELS, 'stochastic depth of the student', ge=0, le=1,
+        used_by='create_student:drop_path_rate')  # fmt: skip
+
+    # distillation
+    distill: str = setting('rld', DISTILL, 'criterion, see the table below', per_run=True)
+    distill_kwargs: dict = setting({}, DISTILL, "the criterion's options, as name=value: alpha=1 beta=8 temperature=4",
+        belongs_to='distill')  # fmt: skip
+    standardize: bool = setting(False, DISTILL,
+        'standardise both logits first (z-score of each row); defaults: temperature 2, 9 times the weight')  # fmt: skip
+    task_loss_weight: float | None = setting(None, DISTILL, "weight of the cross-entropy (default: the criterion's)",
+        ge=0, used_by='DistillationTask', belongs_to='distill')  # fmt: skip
+    distill_loss_weight: float | None = setting(None, DISTILL,
+        "weight of the distillation term (default: the criterion's)", ge=0, used_by='DistillationTask',
+        belongs_to='distill')  # fmt: skip
+    distill_warmup_epochs: int | None = setting(None, DISTILL,
+        "ramp the distillation term by min(epoch / N, 1) (default: the criterion's)", ge=0, sample=3,
+        used_by='DistillationTask:warmup_epochs', belongs_to='distill')  # fmt: skip
+    teacher_cache: str | None = setting(None, DISTILL,
+        "folder to cache the teacher's logits in: those of each augmented image are computed once",
+        used_by='TeacherCache:folder', resumable=True, path=True)  # fmt: skip
+    teacher_cache_views: int | None = setting(None, DISTILL,
+        'augmented versions of each image: epoch e repeats those of epoch (e - 1) mod N + 1 (default: 10, or the '
+        'epochs if fewer)', ge=1, used_by='TeacherCache:augmentation_epochs')  # fmt: skip
+    teacher_cache_dtype: str = setting('float16', DISTILL, 'of the cached logits',
+        choices=('float16', 'bfloat16', 'float32'), used_by='TeacherCache:dtype')  # fmt: skip
+    smoothing: float | None = setting(None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0,
+        le=0.99, used_by='DistillationTask')  # fmt: skip
+
+    # data
+    dataset: str | None = setting(None, DATA,
+        'hfds/NAME_OR_PATH, hfids/NAME (streaming), wds/…, torch/NAME; default: folders in --data-dir',
+        used_by='open_splits', path='prefixed')  # fmt: skip
+    data_dir: str | None = setting(None, DATA, 'root folder (or cache folder of an hfds/, hfids/ --dataset)',
+        used_by='open_splits', path=True)  # fmt: skip
+    train_split: str | None = setting(None, DATA, 'name of the training split (default: train)', sample='train',
+        used_by='open_splits')  # fmt: skip
+    val_split: str | None = setting(None, DATA, 'name of the validation split (default: validation)', sample='test',
+        used_by='open_splits')  # fmt: skip
+    train_num_samples: int | None = setting(None, DATA,
+        'number of images of a streamed training split, where the dataset does not give it', gt=0,
+        used_by='open_splits')  # fmt: skip
+    val_num_samples: int | None = setting(None, DATA,
+        'number of images of a streamed validation split, where the dataset does not give it', gt=0,
+        used_by='open_splits')  # fmt: skip
+    dataset_download: bool = setting(False, DATA, 'let torch/ and hfids/ datasets download', flag=True,
+        used_by='open_splits', resumable=True)  # fmt: skip
+    num_classes: int | None = setting(None, DATA, 'number of classes, where the dataset does not give it', ge=2,
+        used_by='open_splits')  # fmt: skip
+    class_map: str | None = setting(None, DATA, 'class-to-index file of the dataset (.txt), as in timm',
+        used_by='open_splits', path=True)  # fmt: skip
+    input_key: str | None = setting(None, DATA, 'image column (default: image)', used_by='open_splits',
+        belongs_to='dataset')  # fmt: skip
+    target_key: str | None = setting(None, DATA, 'label column (default: label)', used_by='open_splits',
+        belongs_to='dataset')  # fmt: skip
+    in_chans: int = setting(3, DATA, 'image channels: 3 (RGB) or 1 (grey)', choices=('1', '3'),
+        used_by='open_splits create_student create_teacher')  # fmt: skip
+    img_size: int | None = setting(None, DATA, "image size (default: the student's)", gt=0, sample=32,
+        used_by='create_student')  # fmt: skip
+    mean: Floats | None = setting(None, DATA, "normalisation of the student (default: its own config's)",
+        used_by='create_student')  # fmt: skip
+    std: Floats | None = setting(None, DATA, "normalisation of the student (default: its own config's)", gt=0,
+        used_by='create_student')  # fmt: skip
+    interpolation: str | None = setting(None, DATA, "resize of validation images (default: the student's)",
+        choices=('bilinear', 'bicubic', 'nearest'), used_by='create_student')  # fmt: skip
+    crop_pct: float | None = setting(None, DATA,
+        "center crop of validation images (default: the student's; 1 with pad crops)", gt=0, le=1,
+        used_by='create_student')  # fmt: skip
+    batch_size: int | None = setting(None, DATA, 'images per process and step (default: 128)', gt=0, alias='b',
+        sample=64, used_by='open_splits create_loaders')  # fmt: skip
+    validation_batch_size: int | None = setting(None, DATA, 'default: --batch-size', gt=0,
+        used_by='open_splits create_loaders')  # fmt: skip
+    workers: int | Literal['auto'] | None = setting(None, DATA,
+        "loader processes per training process (default: 4, or the cores if fewer); 'auto': its share of the cores "
+        'but one', ge=0, alias='j', used_by='create_loaders', resumable=True)  # fmt: skip
+    jpeg_draft: bool = setting(False, DATA,
+        'decode JPEGs at 1/2, 1/4 or 1/8 scale where twice the pixels needed remain; pixels differ by less than one '
+        'grey value on average', flag=True, used_by='create_loaders', logits=True)  # fmt: skip
+    seed: int = setting(42, DATA, 'of weights, order and augmentation', ge=0, le=2**32 - 1024,
+        used_by='open_splits create_loaders Mixup', per_run=True)  # fmt: skip
+
+    # augmentation
+    no_aug: bool = setting(False, AUG, 'no augmentation', flag=True, used_by='create_loaders', logits=True)
+    train_crop_mode: str | None = setting(None, AUG,
+        'random resized crop (rrc, default), resize-keep-ratio (rkrc, rkrr), or pad and crop (pad)',
+        choices=('rrc', 'rkrc', 'rkrr', 'pad'), sample='pad', used_by='create_loaders', logits=True)  # fmt: skip
+    crop_padding: int = setting(4, AUG, 'pixels of padding with --train-crop-mode pad', ge=0, used_by='create_loaders',
+        logits=lambda c: c.train_crop_mode == 'pad')  # fmt: skip
+    scale: Floats | None = setting(None, AUG, 'random resize scale (default: 0.08 1.0)', gt=0, lengths=(2,),
+        used_by='create_loaders', logits=True)  # fmt: skip
+    ratio: Floats | None = setting(None, AUG, 'random resize aspect ratio (default: 0.75 1.33)', gt=0, lengths=(2,),
+        used_by='create_loaders', logits=True)  # fmt: skip
+    hflip: float | None = setting(None, AUG, 'probability of a horizontal flip (default: 0.5)', ge=0, le=1, sample=0.0,
+        used_by='create_loaders', logits=True)  # fmt: skip
+    vflip: float = setting(0.0, AUG, 'probability of a vertical flip', ge=0, le=1, used_by='create_loaders',
+        logits=True)  # fmt: skip
+    color_jitter: float | None = setting(None, AUG, 'color jitter factor (default: 0.4)', ge=0, sample=0.0,
+        used_by='create_loaders', logits=True)  # fmt: skip
+    aa: str | None = setting(None, AUG, "AutoAugment policy, e.g. 'rand-m9-mstd0.5' or 'original'",
+        used_by='create_loaders', logits=True)  # fmt: skip
+    train_interpolation: str = setting('random', AUG, 'resize of training images',
+        choices=('random', 'bilinear', 'bicubic'), used_by='create_loaders', logits=True)  # fmt: skip
+    reprob: float = setting(0.0, AUG, 'random erasing probability', ge=0, le=1, used_by='create_loaders', logits=True)
+    remode: str = setting('pixel', AUG, 'random erasing fill', choices=('const', 'rand', 'pixel'),
+        used_by='create_loaders', logits=lambda c: c.reprob > 0)  # fmt: skip
+    recount: int = setting(1, AUG, 'random erasing count', gt=0, used_by='create_loaders',
+        logits=lambda c: c.reprob > 0)  # fmt: skip
+    mixup: float = setting(0.0, AUG, 'mixup alpha, 0: off', ge=0, used_by='Mixup')
+    cutmix: float = setting(0.0, AUG, 'cutmix alpha, 0: off', ge=0, used_by='Mixup')
+    cutmix_minmax: Floats | None = setting(None, AUG, 'cutmix min/max ratio, in place of alpha', gt=0, le=1,
+        lengths=(2,), used_by='Mixup')  # fmt: skip
+    mixup_prob: float = setting(1.0, AUG, 'probability of mixup or cutmix in a batch', ge=0, le=1, used_by='Mixup:prob')
+    mixup_switch_prob: float = setting(0.5, AUG, 'probability of cutmix where both are on', ge=0, le=1,
+        used_by='Mixup:switch_prob')  # fmt: skip
+    mixup_off_epoch: int = setting(0, AUG, 'turn mixup and cutmix off from this epoch on, 0: never', ge=0,
+        used_by='Mixup:off_epoch')  # fmt: skip
+
+    # optimizer
+    opt: str = setting('sgd', OPTIM, "any optimizer of timm; 'sgd' is Nesterov, 'momentum' is plain")
+    momentum: float = setting(0.9, OPTIM, 'momentum', ge=0)
+    weight_decay: float = setting(2e-5, OPTIM, 'weight decay', ge=0)
+    weight_decay_all: bool = setting(False, OPTIM, 'weight decay on biases and norms too (timm leaves them out)')
+    opt_eps: float | None = setting(None, OPTIM, "epsilon (default: the optimizer's)", gt=0)
+    opt_betas: Floats | None = setting(None, OPTIM, "betas (default: the optimizer's)", ge=0)
+    opt_kwargs: dict = setting({}, OPTIM, 'further arguments of the optimizer, as name=value')
+    clip_grad: float | None = setting(None, OPTIM, 'clip gradients at this value (default: no clipping)', gt=0,
+        sample=5.0)  # fmt: skip
+    clip_mode: str = setting('norm', OPTIM, 'how to clip', choices=('norm', 'value', 'agc'))
+    grad_accum_steps: int | None = setting(None, OPTIM, 'batches per optimizer step (default: 1)', gt=0,
+        used_by='create_loaders')  # fmt: skip
+    model_ema: bool = setting(False, OPTIM, 'keep a moving average of the weights')
+    model_ema_decay: float = setting(0.9998, OPTIM, 'decay of the moving average', ge=0, le=1)
+    model_ema_warmup: bool = setting(False, OPTIM, 'warm the decay up')
+
+    # learning rate
+    epochs: int | None = setting(None, SCHED,
+        'epochs of the student (default: 300); 0: train the teacher alone (--teacher-epochs)', ge=0,
+        sample=11)  # fmt: skip
+    lr: float | None = setting(None, SCHED, 'learning rate (default: lr-base scaled to the global batch)', gt=0,
+        sample=0.05)  # fmt: skip
+    lr_base: float = setting(0.1, SCHED, 'learning rate at a global batch of lr-base-size', gt=0)
+    lr_base_size: int = setting(256, SCHED, 'see lr-base', gt=0)
+    lr_base_scale: str | None = setting(None, SCHED, 'default: sqrt for ada* and lamb, else linear',
+        choices=('linear', 'sqrt'))  # fmt: skip
+    sched: str = setting('cosine', SCHED, 'schedule of timm',
+        choices=('cosine', 'multistep', 'step', 'poly', 'tanh', 'wsd', 'rsqrt', 'constant', 'none'))  # fmt: skip
+    sched_on_updates: bool | None = setting(None, SCHED,
+        'change the learning rate at each update rather than each epoch (default: no)', sample=True)  # fmt: skip
+    warmup_epochs: int | None = setting(None, SCHED, 'epochs of warm-up (default: 5, at most a tenth of the run)', ge=0)
+    warmup_lr: float = setting(1e-5, SCHED, 'learning rate at the start of the warm-up', ge=0)
+    min_lr: float = setting(0.0, SCHED, 'lowest learning rate', ge=0)
+    decay_epochs: float | None = setting(None, SCHED, 'interval of step, length of the decay of wsd and rsqrt', gt=0)
+    decay_milestones: tuple[int, ...] = setting((90, 180, 270), SCHED,
+        'epochs (the first is 1) in which multistep lowers the learning rate', gt=0)  # fmt: skip
+    decay_rate: float = setting(0.1, SCHED, 'factor of step and multistep, power of poly', gt=0, le=10)
+    cooldown_epochs: int = setting(0, SCHED, 'epochs at the lowest learning rate after the schedule', ge=0)
+
+    # devices and speed
+    mixed_precision: str | None = setting(None, RUN, 'default: that of `accelerate launch`, else no',
+        choices=('no', 'fp16', 'bf16'), used_by='create_accelerator')  # fmt: skip
+    channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)')
+    sync_bn: bool = setting(False, RUN, 'batch norm over all processes (GPUs)', flag=True, used_by='create_accelerator')
+    torchcompile: bool = setting(False, RUN, 'compile student, teacher and criterion', flag=True, logits=True)
+    cpu_threads: int | None = setting(None, RUN, 'threads of a process on the CPU (default: cores / local processes)',
+        gt=0, used_by='create_accelerator')  # fmt: skip
+
+    # checkpoints and faults
+    resume: str | None = setting(None, CKPT,
+        "resume a run: 'auto' (that of --output/--experiment), a run folder, or one of its checkpoints", resumable=True,
+        path=True, per_run=True)  # fmt: skip
+    checkpoint_interval: str = setting('epoch', CKPT,
+        "write a checkpoint each 'epoch', or every N optimizer steps; and every 15 minutes anyway",
+        resumable=True)  # fmt: skip
+    checkpoint_hist: int = setting(2, CKPT, 'how many of the newest checkpoints to keep, beside the best', gt=0,
+        resumable=True)  # fmt: skip
+    skip_nonfinite: int = setting(0, CKPT,
+        'skip up to N steps in a row whose loss or gradient is not finite; 0: stop at the first', ge=0,
+        resumable=True)  # fmt: skip
+    on_bad_image: str = setting('error', CKPT,
+        'a training image that cannot be read: stop, or replace it by another and list it', choices=('error', 'skip'),
+        resumable=True)  # fmt: skip
+
+    # Hub
+    push_to_hub: bool = setting(False, HUB,
+        'push the student to the Hub at the end; token and repository are checked before', flag=True,
+        resumable=True)  # fmt: skip
+    hub_model_id: str | None = setting(None, HUB, 'repository: user/name, or name (default: <student>-<distill>)',
+        used_by='check_hub push_run BackgroundPush', resumable=True)  # fmt: skip
+    hub_private_repo: bool = setting(False, HUB, 'make a new repository private', flag=True,
+        used_by='check_hub:private push_run', resumable=True)  # fmt: skip
+    hub_license: str = setting('apache-2.0', HUB, 'license in the card; data or teacher may ask for another',
+        used_by='check_hub:license push_run BackgroundPush', resumable=True)  # fmt: skip
+    hub_strategy: str = setting('end', HUB,
+        "push at the 'end' alone, or also at each new 'best' epoch or 'every_save' that ends one",
+        choices=('end', 'best', 'every_save'), used_by='BackgroundPush', resumable=True)  # fmt: skip
+    hub_weights: str = setting('last', HUB,
+        'which weights: of the last epoch, the best on the validation split, or the moving average',
+        choices=('last', 'best', 'ema'), used_by='push_run BackgroundPush', resumable=True)  # fmt: skip
+
+    # output
+    output: str | None = setting(None, OUT, 'parent of the run folder (default: ./output)', resumable=True, path=True,
+        per_run=True)  # fmt: skip
+    experiment: str | None = setting(None, OUT, 'name of the run folder (default: <time>-<student>-<distill>)',
+        resumable=True, path=True, per_run=True)  # fmt: skip
+    log_interval: int = setting(50, OUT, 'steps between progress lines', gt=0, resumable=True)
+    report_to: tuple[str, ...] = setting((), OUT, 'trackers of Accelerate: tensorboard, wandb, …',
+        used_by='create_accelerator', resumable=True)  # fmt: skip
+    debug: bool = setting(False, OUT, 'show tracebacks', flag=True, resumable=True)
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Return some settings as keyword arguments."""
+        return {name: getattr(self, name) for name in names}
+
+    def arguments_of(self, function: str) -> dict[str, Any]:
+        """Return the arguments that a function takes from the settings (``used_by``), by its own names for them."""
+        return {
+            f.metadata['used_by'][function] or f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if function in f.metadata['used_by']
+        }
+
+    def arguments_of_each(self, *functions: str) -> dict[str, dict[str, Any]]:
+        """Return :meth:`arguments_of` of some functions, by function."""
+        return {function: self.arguments_of(function) for function in functions}
+
+    def of_logits(self) -> dict[str, Any]:
+        """Return the settings that a cached logit of a training image depends on, by flag."""
+        marks = ((f.name, f.metadata['logits']) for f in dataclasses.fields(self))
+        return {flag_of(n): getattr(self, n) for n, mark in marks if (mark(self) if callable(mark) else mark)}
+
+    def of_teacher(self) -> Config:
+        """Return the settings for training the teacher."""
+        return dataclasses.replace(
+            self, epochs=self.teacher_epochs, lr=self.teacher_lr or self.lr, teacher_cache=None,
+            teacher_cache_views=None,
+        )  # fmt: skip
+
+    def with_absolute_paths(self) -> Config:
+        """Return a copy whose paths, where they lead somewhere, do not depend on the working directory."""
+        paths: dict[str, Any] = {
+            f.name: absolute(getattr(self, f.name), prefixed=f.metadata['path'] == 'prefixed')
+            for f in dataclasses.fields(self) if f.metadata['path']
+        }  # fmt: skip
+        return dataclasses.replace(self, **paths)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def marked(mark: str, value: Any = True, settings: type[Config] = Config) -> list[str]:
+    """Return the names of the settings whose rows carry a mark, e.g. ``marked('resumable')``."""
+    return [f.name for f in dataclasses.fields(settings) if f.metadata[mark] == value]
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting: `grad_accum_steps` → `--grad-accum-steps`."""
+    return '--' + name.replace('_', '-')
+
+
+def absolute(value: str | None, prefixed: bool = False) -> str | None:
+    """Return a path that exists as an absolute one, and any other text as it is.
+
+    Args:
+        prefixed: the path may follow a prefix: `local-dir:PATH`, `hfds/PATH`.
+    """
+    prefix, path = '', value or ''
+    if prefixed:
+        separator = next((s for s in (':', '/') if s in path), '')
+        prefix, _, path = path.partition(separator) if separator else (path, '', '')
+        prefix += separator
+    expanded = os.path.expanduser(path)
+    return prefix + os.path.abspath(expanded) if path and os.path.exists(expanded) else value
