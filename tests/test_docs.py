@@ -121,7 +121,7 @@ def test_each_command_is_one_that_its_program_reads(code, tmp_path, monkeypatch)
             case ['pip', 'install', '-e', what]:
                 assert what == '.' or what.strip('.[]') in extras()
             case _:
-                assert words[0] in ('pytest', 'ruff', 'mkdocs', 'export', '.ci/run'), words
+                assert words[0] in ('pytest', 'ruff', 'mypy', 'mkdocs', 'export', '.ci/run'), words
 
 
 def extras() -> dict[str, list[str]]:

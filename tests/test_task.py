@@ -100,6 +100,21 @@ def test_a_plain_model_serves_as_teacher_and_any_callable_as_criterion(student):
     assert out['loss'].item() == pytest.approx(out['task_loss'].item() + out['kd_loss'].item(), rel=1e-5)
 
 
+def test_a_task_whose_criterion_is_no_module_compiles(student, teacher):
+    task = DistillationTask(student, teacher, lambda s, t, target: (s - t).square().mean())
+    task.compile(backend='eager')
+    assert task(PIXELS, TARGET)['kd_loss'].isfinite()
+
+
+def test_a_cache_without_the_indices_of_the_images_is_refused(student, teacher):
+    class Cache:
+        def logits(self, *_):
+            raise AssertionError('asked')
+
+    with pytest.raises(ValueError, match='indices'):
+        DistillationTask(student, teacher, 'rld', cache=Cache())(PIXELS, TARGET)
+
+
 def test_without_a_criterion_it_is_cross_entropy_with_smoothing(student):
     out = DistillationTask(student, None, None, smoothing=0.1)(PIXELS, TARGET)
     expected = nn.functional.cross_entropy(out['output'], TARGET, label_smoothing=0.1)

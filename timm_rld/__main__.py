@@ -59,6 +59,7 @@ def push(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str]) -> None:
+    """Read the command line, and run its verb."""
     parser = Parser(prog='timm-rld', description='Tools around train_distill.py.', allow_abbrev=False)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
     verb = verbs.add_parser('list', help='list criteria, models or recipes')
@@ -130,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def cli() -> None:
+    """The program `timm-rld`."""
     sys.exit(main())
 
 

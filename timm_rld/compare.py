@@ -49,7 +49,8 @@ class Variant:
 
 
 def parse_variant(text: str) -> Variant:
-    """`rld`, or with options and weights: `rld:beta=2,temperature=1,distill_warmup_epochs=1`, `kd:standardize=true`.
+    """Return the variant that a text names: `rld`, or with options and weights
+    `rld:beta=2,temperature=1,distill_warmup_epochs=1`, `kd:standardize=true`.
 
     Raises:
         UsageError: for an unknown criterion or option.
@@ -167,6 +168,9 @@ def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list
     Args:
         rows: a dict a run, with `criterion`, `seed`, `top1`, `top1_best`, `agreement`, `images_per_second`.
         names: of criteria, in the order that they are to have, with or without a run.
+
+    Returns:
+        A dict a criterion, in the order of the rows.
     """
     by_name: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
     for row in rows:

@@ -137,7 +137,7 @@ class RunFiles:
 
 
 def read_run(folder: str | Path) -> RunFiles:
-    """Read a run folder.
+    """Return what a run folder holds.
 
     Raises:
         UserError: where it is not that of a finished run.

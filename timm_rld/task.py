@@ -18,7 +18,7 @@ from .pairing import Normalize, Teacher, create_normalize
 
 class CachedLogits(Protocol):
     """What the task and :func:`timm_rld.engine.fit` ask of a cache of the teacher's logits
-    (:class:`timm_rld.cache.TeacherCache`)."""
+    (:class:`timm_rld.cache.TeacherCache`, which says what each does)."""
 
     def logits(
         self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[[], Tensor] | None = None
@@ -124,7 +124,7 @@ class DistillationTask(TrainingTask):
             self.criterion.load_state_dict((state or {})['criterion'], strict=strict)
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> DistillationTask:
-        """Wrap the student in DDP, and not the teacher."""
+        """Wrap the student in DDP, and not the teacher. Returns the task."""
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )
@@ -133,7 +133,8 @@ class DistillationTask(TrainingTask):
     def compile(  # type: ignore[override]  # as in timm's TrainingTask
         self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
-        """Compile the forward passes of student and teacher, and the criterion."""
+        """Compile the forward passes of student and teacher, and the criterion where it is a module. Returns the
+        compiled student."""
         kwargs: dict[str, Any] = dict(backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = cast(nn.Module, torch.compile(self.trainable_module, **kwargs))
         self.eval_model = self.trainable_module

@@ -17,6 +17,7 @@ LOSS_SHAPES = ((64, 100), (256, 1000), (64, 21841))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmark's flags."""
     parser.add_argument('--criteria', nargs='+', metavar='NAME', help='default: all')
     shapes = [f'{b}x{c}' for b, c in LOSS_SHAPES]
     parser.add_argument('--shapes', nargs='+', default=shapes, metavar='BxC', help=f'default: {" ".join(shapes)}')

@@ -38,6 +38,7 @@ LOADER_SECONDS = 8.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmark's flags."""
     parser.add_argument('--teacher', default='resnet34', metavar='NAME', help='default: resnet34')
     parser.add_argument('--student', default='resnet18', metavar='NAME', help='default: resnet18')
     parser.add_argument('--img-size', type=int, default=224, metavar='N', help='default: 224')
@@ -128,6 +129,9 @@ def bench_step(
     Args:
         rounds, steps: the loop's epochs, and batches in each; before them, one epoch that does not count.
         loader: measure the loader too: on ``data_dir``, or on photographs made for it.
+
+    Returns:
+        What was measured.
     """
     config = resolve(
         Config(

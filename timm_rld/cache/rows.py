@@ -69,6 +69,9 @@ class Rows:
     def create(path: Path, length: int, width: int, dtype: torch.dtype) -> Rows:
         """Make a file without rows, its space reserved, unless it is there already.
 
+        Returns:
+            Its rows, opened.
+
         Raises:
             UserError: where it cannot be written, or the disk has no room.
         """

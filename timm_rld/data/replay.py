@@ -143,6 +143,7 @@ class ReplayStream(IterableDataset[tuple[Tensor, int, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """The next iteration gives epoch ``epoch`` (1-based)."""
         self.epoch = epoch
         self.source.dataset.set_epoch(epoch)
 

@@ -92,6 +92,9 @@ class Source:
         Args:
             decode: what to make of the image while its file is open; by default it is decoded into ``image_mode``.
 
+        Returns:
+            The image, or what ``decode`` made of it, and its class.
+
         Raises:
             SampleError: where it cannot be read, naming the file or index.
         """
@@ -141,6 +144,9 @@ def open_split(
         split: the split's name.
         flag: the flag that named the split, for messages.
         num_classes: where the dataset does not give it.
+
+    Returns:
+        The split.
 
     Raises:
         UserError: a missing or empty folder, an unknown split, a missing column, labels that are not class indices.
@@ -227,6 +233,9 @@ def open_splits(
     **kwargs: Any,
 ) -> tuple[Source, Source]:
     """Open the training and the validation split of a dataset; arguments as :func:`open_split`.
+
+    Returns:
+        The two splits.
 
     Raises:
         UserError: also where the two do not have the same classes.

@@ -50,6 +50,7 @@ class Position:
 
     @property
     def name(self) -> str:
+        """Of the checkpoint's folder."""
         end = 'end' if self.batch is None else f'batch{self.batch:06}'
         return f'{self.phase}-epoch{self.epoch:04}-{end}'
 
@@ -110,6 +111,9 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint, best_epoch: int | None = None) -> Path:
         """Write a checkpoint, then delete those that are neither among the newest nor of the best epoch.
 
+        Returns:
+            Its folder.
+
         Raises:
             UserError: where it cannot be written; what was there before is untouched.
         """
@@ -148,7 +152,7 @@ class Checkpoints:
 
     def prepare(self, resume: str | None, accelerator: Accelerator) -> Checkpoints:
         """Called on every process before a run: finish or undo what a killed one left half done, and delete what is
-        newer than the checkpoint that ``resume`` names, if it names one."""
+        newer than the checkpoint that ``resume`` names, if it names one. Returns itself."""
         if accelerator.is_main_process:
             self._tidy()
             if resume is not None and _NAME.fullmatch(Path(resume).name):
@@ -205,7 +209,7 @@ def _as_files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify a checkpoint.
+    """Return a checkpoint, read and verified.
 
     Raises:
         Damaged: where a file is missing, is not what was written, or is of another format.

@@ -149,6 +149,7 @@ class Group:
     indices: list[Tensor] = field(default_factory=list)
 
     def add(self, result: dict[str, Tensor], indices: Tensor, count: int) -> None:
+        """Add what :func:`train_step` returned for a batch, of which ``count`` images count."""
         self.results.append(({k: v.detach() for k, v in result.items() if v.ndim == 0}, count))
         self.losses.append(result['loss'].detach())
         self.indices.append(indices)

@@ -24,6 +24,7 @@ class Means:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, result: dict[str, Tensor], count: int) -> None:
+        """Add a batch's 0-d results, weighted by its number of images."""
         for name, value in result.items():
             if value.ndim == 0:
                 value = value.detach().float() * count if count else torch.zeros((), device=self.device)

@@ -27,9 +27,11 @@ class Progress:
         self.unshown = 0
 
     def start_epoch(self, images: int) -> None:
+        """Start the clock of an epoch, of which so many images are done."""
         self.epoch_started, self.images = time.perf_counter(), images
 
     def due(self, batch: int) -> bool:
+        """Count a batch (0-based); return whether to show it."""
         self.unshown += 1
         return self.active and (batch + 1) % self.interval == 0
 
@@ -55,6 +57,7 @@ class Progress:
         self.unshown = 0
 
     def end_epoch(self, row: dict[str, float]) -> None:
+        """Show an epoch's row of the log."""
         if not self.active:
             return
         parts = f' (task {row["train_task_loss"]:.4f} kd {row["train_kd_loss"]:.4f})'

@@ -42,6 +42,9 @@ class DistillLoss(nn.Module):
             teacher_logits: `[B, C]`, any floating dtype; no gradient flows into them.
             target: class indices `[B]`, int64.
 
+        Returns:
+            The unweighted term, a 0-d tensor in float32 or higher.
+
         Raises:
             ValueError: if shapes, the target or the teacher's values are not as described. Values are read on the
                 CPU always, on other devices at the first call only, since reading them waits for the device.

@@ -14,6 +14,9 @@ def standardize(logits: Tensor) -> Tensor:
 
     Args:
         logits: `[B, C]`.
+
+    Returns:
+        `[B, C]`.
     """
     return (logits - logits.mean(dim=-1, keepdim=True)) / (1e-7 + logits.std(dim=-1, keepdim=True))
 
@@ -34,6 +37,9 @@ def without_class(logits: Tensor, index: Tensor) -> Tensor:
     Args:
         logits: `[B, C]`.
         index: int64 `[B]`.
+
+    Returns:
+        `[B, C]`.
     """
     return logits.scatter(1, index.unsqueeze(1), torch.finfo(logits.dtype).min)
 

@@ -118,7 +118,7 @@ class CifarNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what :meth:`forward_intermediates` does not need for some features."""
+        """Drop what :meth:`forward_intermediates` does not need for some features. Returns their indices."""
         take, last = feature_take_indices(len(self.stages) + 1, indices)
         for names in self.stages[last:]:
             for name in names:
@@ -204,7 +204,8 @@ def build(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> Net:
-    """timm's builder, with all features for `features_only`, and moved where asked for, as timm's own models are."""
+    """Return what timm's builder makes, with all features for `features_only`, and moved where asked for, as timm's own
+    models are."""
     kwargs = {**args, **kwargs}
     features = dict(out_indices=tuple(range(len(cls.stages) + 1)), feature_cls='getter')
     return build_model_with_cfg(cls, name, pretrained, feature_cfg=features, **kwargs).to(device=device, dtype=dtype)

@@ -20,6 +20,9 @@ def match_classes(class_names: Sequence[str], info: ModelInfo) -> list[int]:
     The teacher's names are those of its config, else ImageNet's (WordNet ids and lemmas) where its number of outputs is
     an ImageNet's. A full name counts before a synonym ("tench" in "tench, Tinca tinca").
 
+    Returns:
+        For each class the index of the teacher's output.
+
     Raises:
         UserError: naming classes that have no counterpart, or more than one.
     """
@@ -87,6 +90,9 @@ def check_order(class_names: Sequence[str], label_names: Sequence[str], info: Mo
 def read_class_map(path: str, num_classes: int, class_names: Sequence[str] | None) -> list[int]:
     """Read a class map: a JSON list of the teacher's indices, or a mapping from class name or index to them.
 
+    Returns:
+        For each class the index of the teacher's output.
+
     Raises:
         UserError: where the file is not one, or a class has no counterpart (it is named).
     """
@@ -119,6 +125,7 @@ def resolve_class_map(
     num_classes: int,
     class_names: Sequence[str] | None,
 ) -> list[int] | None:
+    """Return for each class the index of the teacher's output, checked; None where no map is given."""
     if class_map is None:
         return None
     if class_map == 'auto':

@@ -45,6 +45,7 @@ class ModelInfo:
 
     @property
     def num_classes(self) -> int:
+        """Number of its outputs."""
         return self.config.get('num_classes', 1000)
 
     @property
@@ -59,6 +60,9 @@ class ModelInfo:
 
 def look_up(name: str, flag: str) -> ModelInfo:
     """Find a model by name: timm's registry, `hf-hub:user/model` or `local-dir:path`.
+
+    Returns:
+        What is known of it; no weights are loaded.
 
     Raises:
         UserError: where there is none; the message offers the nearest names.
@@ -157,6 +161,9 @@ def load_weights(path: str, flag: str) -> dict[str, Tensor]:
     """Read a state dict: safetensors, or a .pth read with weights_only, bare or under `state_dict` or `model`.
 
     Prefixes of wrappers (`module.`, `_orig_mod.`) are dropped.
+
+    Returns:
+        The state dict.
 
     Raises:
         UserError: where the file is not there or does not hold weights; nothing in it is ever executed.
