@@ -64,7 +64,7 @@ def build(name: str) -> Pair:
         try:
             return create_pair(
                 name, name, CLASSES, seed=0, img_size=size, student_pretrained=False, teacher_pretrained=False,
-                fit_teacher=True,
+                train_teacher=True,
             )  # fmt: skip
         except UserError as e:
             problem = e
@@ -97,7 +97,7 @@ def distance(logits: torch.Tensor, others: torch.Tensor) -> float:
 
 
 def step(pair: Pair) -> Row:
-    task = DistillationTask(pair.student, pair.teacher, 'rld', view=pair.view).train()
+    task = DistillationTask(pair.student, pair.teacher, 'rld', normalize=pair.normalize).train()
     optimizer = torch.optim.SGD(pair.student.parameters(), lr=1e-3)
     loss = task(pixels(pair, BATCH), torch.arange(BATCH) % CLASSES)['loss']
     loss.backward()
@@ -113,7 +113,7 @@ def export(pair: Pair) -> Row:
     with tempfile.TemporaryDirectory() as parent, torch.no_grad():
         folder = export_model(pair.student, Path(parent) / 'student', data_config=pair.data_config)
         again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-        x = pair.view(pixels(pair, 2))
+        x = pair.normalize(pixels(pair, 2))
         if not torch.equal(again(x), pair.student.eval()(x)):
             raise Failed('loaded again it gives other logits')
     return {}
@@ -123,11 +123,11 @@ def fold(pair: Pair) -> Row:
     teacher, x = pair.teacher, pixels(pair, 2)
     before, plain = teacher(x), copy.deepcopy(teacher.model)
     found: Row = {'batch_norms': sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.modules())}
-    found['folded'] = teacher.quicken(pair.data_config['input_size'])
+    found['folded'] = teacher.optimize_for_inference(pair.data_config['input_size'])
     found['error'] = distance(teacher(x), before)
     if not found['error'] <= 1e-5:
         with torch.no_grad():
-            own = distance(before.double(), plain.double()(teacher.view(x).double()))
+            own = distance(before.double(), plain.double()(teacher.normalize(x).double()))
         if not found['error'] <= 10 * own:
             raise Failed(f'folded, logits differ by {found["error"]:.1e}; float32 itself errs by {own:.1e}')
     return found
@@ -151,7 +151,7 @@ def examine(name: str, tell: Callable[[Row], None]) -> None:
         pair = build(name)
     except UserError as e:
         return tell({'note': _first_line(e)})
-    tell({'size': pair.img_size, 'teacher_size': (pair.teacher.view.size or [pair.img_size])[0]})
+    tell({'size': pair.img_size, 'teacher_size': (pair.teacher.normalize.size or [pair.img_size])[0]})
     for model in (pair.student, pair.teacher.model):
         wake(model)
     for check in (step, export, fold, bf16):

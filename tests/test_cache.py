@@ -312,6 +312,7 @@ def test_two_processes_fill_a_cache_that_one_reads(argv, tmp_path, stable, no_te
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_run_with_a_cache_that_is_killed_goes_on_bit_for_bit(argv, tmp_path, stable, processes):
     more = ('--teacher-cache-views', '2', '--checkpoint-interval', '2', '--resume', 'auto')

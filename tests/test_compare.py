@@ -51,6 +51,7 @@ def compared(folder, tmp_path_factory):
     return output, argv
 
 
+@pytest.mark.slow
 def test_the_teacher_is_fitted_once_and_each_run_has_its_criterion(compared):
     output, _ = compared
     found = json.loads((output / 'compare.json').read_text())
@@ -64,6 +65,7 @@ def test_the_teacher_is_fitted_once_and_each_run_has_its_criterion(compared):
     assert len((output / 'compare.csv').read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_the_same_call_goes_on_with_what_is_missing_and_more_criteria_can_be_added(compared, capsys):
     output, argv = compared
     (output / 'none-seed0' / 'results.json').unlink()  # as if it had been killed
@@ -76,6 +78,7 @@ def test_the_same_call_goes_on_with_what_is_missing_and_more_criteria_can_be_add
     assert (output / 'teacher' / 'results.json').stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('extra', 'code', 'message'),
     [
@@ -96,6 +99,7 @@ def test_a_wrong_comparison_says_so_before_any_run(compared, capsys, extra, code
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_message_and_log(compared, capsys, tmp_path):
     argv = [*compared[1], '--output', str(tmp_path / 'out'), '--data-dir', str(tmp_path / 'nowhere')]
     assert main(argv) == 1
@@ -103,6 +107,7 @@ def test_a_run_that_fails_is_named_with_its_message_and_log(compared, capsys, tm
     assert 'the teacher failed with code 1' in error and 'no such folder' in error and 'teacher.log' in error
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_keep_the_others_from_running(compared, capsys):
     output, argv = compared
     before = (output / 'none-seed0' / 'results.json').stat().st_mtime_ns

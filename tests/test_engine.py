@@ -204,6 +204,7 @@ def test_an_error_of_all_processes_is_said_once(folder, tmp_path):
     assert done.stderr.count('train_distill.py: error:') == 1 and 'gloo' not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('criterion', ['rld', 'ctkd'])
 def test_two_processes_train_and_evaluate_as_one(criterion, folder, trained_teacher, tmp_path):
     common = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_vit', '--data-dir', str(folder),

@@ -162,6 +162,7 @@ def test_the_networks_are_registered_wherever_else_the_package_is_imported(tmp_p
     assert started_with('-m', 'other', path=tmp_path)[0].split() == ['True']
 
 
+@pytest.mark.slow
 def test_help_takes_at_most_half_a_second_more_than_importing_timm():
     imports = min(timed('import timm')[0] for _ in range(2))
     started = [timed("import runpy, sys; sys.argv = ['train_distill.py', '--help']\n"
