@@ -54,9 +54,10 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     # ---- student, teacher
     torch.manual_seed(config.seed)  # before each of the two, so that neither's start depends on the other
-    pair = pairing.create_student(
-        num_classes=num_classes, **config.arguments_of('create_student'), **pairing.check_kwargs(config.model_kwargs)
-    )
+    of_student = {**config.arguments_of('create_student'), **pairing.check_kwargs(config.model_kwargs)}
+    if config.train_crop_mode == 'pad':  # it keeps the scale of the whole image
+        of_student['crop_pct'] = config.crop_pct or 1.0
+    pair = pairing.create_student(num_classes=num_classes, **of_student)
     train_teacher, cache = config.teacher is not None and config.teacher_epochs > 0, None
     if config.teacher_cache and criterion is not None and config.epochs:
         cache = TeacherCache(

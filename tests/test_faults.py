@@ -101,7 +101,8 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays_whole(flags, tmp_p
     assert main(flags) == 1
     error = capsys.readouterr().err
     assert f'{tmp_path / "run" / "checkpoints"}: a checkpoint cannot be written (No space left on device)' in error
-    assert f'free some space, then train_distill.py --resume {tmp_path / "run"} continues from the one before' in error
+    resume = f'accelerate launch train_distill.py --resume {tmp_path / "run"}'
+    assert f'free some space, then {resume} continues from the one before' in error
     assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['student-epoch0001-end']
     assert Checkpoints(tmp_path / 'run' / 'checkpoints').newest('student').position.epoch == 1
 
@@ -125,7 +126,9 @@ def test_a_full_disk_is_named_with_the_fix(stable, flags, tmp_path, size, what, 
         assert victim.wait() == [1]
         said = f'{disk}/run{what} cannot be written (No space left on device); '
         said += (
-            f'free some space, then train_distill.py --resume {disk}/run {then}' if what else 'give another --output'
+            f'free some space, then accelerate launch train_distill.py --resume {disk}/run {then}'
+            if what
+            else 'give another --output'
         )
         assert victim.output().count('error: ') == 1 and said in victim.output().splitlines()[-1]
         subprocess.run(['mount', '-o', 'remount,size=64m', disk], check=True)
@@ -157,10 +160,8 @@ def test_what_does_not_fit_on_the_disk_is_written_by_resume(flags, tmp_path, mon
             disk.setattr('timm.models.save_for_hf', no_model)
         assert main(flags) == 1
     where = run / 'student' if file == 'student' else run
-    said = (
-        f'error: {where} cannot be written (No space left on device); free some space, then train_distill.py --resume '
-    )
-    assert f'{said}{run} continues\n' in capsys.readouterr().err
+    said = f'error: {where} cannot be written (No space left on device); free some space, then '
+    assert f'{said}accelerate launch train_distill.py --resume {run} continues\n' in capsys.readouterr().err
     assert main(['--resume', str(run)]) == 0
     assert (run / file).exists() and (run / 'results.json').exists()
 

@@ -352,3 +352,9 @@ def test_near_chance_depends_on_the_number_of_classes(classes, limit):
     check_accuracy('t', 0.0, classes, 0)
     with pytest.raises(UserError, match='below 90\n--min-teacher-acc'):
         check_accuracy('t', 89.0, classes, 90)
+
+
+@pytest.mark.parametrize('name', ['teacher_bogus', 'student_mean', 'pretrained', 'teacher_in_chans', 'fit_teacher'])
+def test_an_argument_that_a_pair_does_not_have_is_refused(name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        create_pair(None, 'cifar_resnet8', 3, **{name: 1})

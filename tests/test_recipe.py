@@ -99,7 +99,17 @@ def fresh(monkeypatch) -> None:
 @pytest.mark.parametrize(
     'flags',
     [
-        ['--distill', 'kd', '--standardize', '--distill-kwargs', 'temperature=2'],
+        [
+            '--distill',
+            'kd',
+            '--standardize',
+            '--distill-kwargs',
+            'temperature=2',
+            '--drop',
+            '0.2',
+            '--model-kwargs',
+            'drop_rate=0.1',
+        ],
         ['--mixed-precision', 'bf16', '--clip-grad', '1', '--clip-mode', 'agc'],
         ['--train-crop-mode', 'pad', '--channels-last', '--opt', 'adamw', '--sched', 'multistep', '--sched-on-updates'],
         ['--in-chans', '1', '--no-aug', '--validation-batch-size', '7'],

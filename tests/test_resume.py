@@ -317,6 +317,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, fil
         checkpoints.newest('student')
 
 
+def test_a_checkpoint_without_a_key_is_damaged(tmp_path):
+    lines = []
+    checkpoints = Checkpoints(tmp_path, log=lines.append)
+    for epoch in (1, 2):
+        checkpoints.save(a_checkpoint(epoch))
+    file = tmp_path / 'student-epoch0002-end' / 'checkpoint.json'
+    file.write_text(file.read_text().replace('"lr"', '"rate"'))
+    assert checkpoints.newest('student').position.epoch == 1
+    assert 'student-epoch0002-end is damaged' in lines[0]
+
+
 def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     class Bomb:
         def __reduce__(self):

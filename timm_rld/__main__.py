@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from .bench import BENCHMARKS, benchmark
-from .config import Config, Parser, list_recipes
+from .config import FIELDS, Config, Parser, list_recipes
 from .errors import UsageError, UserError, run_main
 
 
@@ -54,7 +54,8 @@ def push(args: argparse.Namespace) -> None:
     from .hub import push_run
     from .run_folder import read_run
 
-    settings = Config(**read_run(args.folder).settings).arguments_of('push_run')  # as the run would have
+    there = read_run(args.folder).settings
+    settings = Config(**{k: v for k, v in there.items() if k in FIELDS}).arguments_of('push_run')  # the run's
     push_run(args.folder, **{name: getattr(args, name) or value for name, value in settings.items()})
 
 
@@ -67,7 +68,7 @@ def parse(argv: list[str]) -> None:
     verb.add_argument('pattern', nargs='?', default='', help="of models, e.g. '*resnet*'")
     verb.set_defaults(run=lambda a: list_things(a.what, a.pattern))
 
-    verb = verbs.add_parser('bench', help='measure')
+    verb = verbs.add_parser('bench', help='measure a training step, or the criteria')
     whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
     for name, help in BENCHMARKS.items():
         what = whats.add_parser(name, help=help, description=f'Measures: {help}.', allow_abbrev=False)
@@ -89,7 +90,7 @@ def parse(argv: list[str]) -> None:
                       help="in place of python, e.g. 'accelerate launch --num_processes 2'")  # fmt: skip
     verb.set_defaults(run=compare)
 
-    verb = verbs.add_parser('cache', help="look after a teacher's logits on disk")
+    verb = verbs.add_parser('cache', help="check a cache of a teacher's logits")
     whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
     about = 'recompute a random sample of rows from images and teacher, and compare'
     what = whats.add_parser('verify', help=about, description=f'{about.capitalize()}.', allow_abbrev=False)

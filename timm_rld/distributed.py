@@ -115,7 +115,7 @@ def main_writes(
     """
 
     def write() -> None:
-        with writing(folder, then=f'train_distill.py --resume {folder} continues'):
+        with writing(folder, then=f'accelerate launch train_distill.py --resume {folder} continues'):
             function(*args, **kwargs)
 
     _on_main(accelerator, write)

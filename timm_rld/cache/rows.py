@@ -154,11 +154,11 @@ class Rows:
         """Write rows `[B, C]`; those that are there, and whole, stay as they are.
 
         Raises:
-            UserError: where they are not finite in the file's dtype, or the file cannot be written.
-            SampleError: where the file has been cut off meanwhile.
+            SampleError: where they are not finite in the file's dtype, or the file cannot be written or was cut off:
+                perhaps on one process alone.
         """
         if not torch.isfinite(rows).all():
-            raise UserError(
+            raise SampleError(
                 f'--teacher-cache: a logit of the teacher is NaN, infinite or too large for {str(rows.dtype)[6:]}; '
                 'try --teacher-cache-dtype float32'
             )
@@ -175,7 +175,7 @@ class Rows:
                 os.pwrite(self._writer, row, self.start + index * self.row_bytes)
                 os.pwrite(self._writer, struct.pack('<I', _crc(row)), self.crc_start + 4 * index)
         except OSError as e:
-            raise UserError(f'--teacher-cache: {self.path} cannot be written ({e.strerror})') from e
+            raise SampleError(f'--teacher-cache: {self.path} cannot be written ({e.strerror})') from e
         finally:
             if fcntl is not None and self._writer >= 0:
                 fcntl.lockf(self._writer, fcntl.LOCK_UN)

@@ -21,7 +21,7 @@ from ..distributed import all_reduce_max, main_first, main_only
 from ..errors import SampleError, UserError, writing
 from ..files import write_atomic
 from ..pairing import Teacher, weights_digest, weights_file
-from .key import CacheKey, difference, short_digest, teacher_digest
+from .key import FORMAT, CacheKey, difference, short_digest, teacher_digest
 from .rows import DTYPES, Rows, rounded
 
 try:
@@ -374,19 +374,25 @@ def read_body(folder: Path) -> dict[str, Any]:
     """Return what cache.json holds.
 
     Raises:
-        UserError: where there is none, or it is damaged.
+        UserError: where there is none, it is damaged, or of another version.
     """
     file = folder / 'cache.json'
     try:
         body = json.loads(file.read_text(encoding='utf-8'))
+        if (version := body['facts'].get('format')) != FORMAT:
+            raise UserError(f'{folder}: is of another version (format {version}, not {FORMAT}); name another folder')
         kinds = dict.fromkeys(('facts', 'arguments', 'depends_on', 'data_config', 'validation'), dict)
         if not all(isinstance(body.get(name), kind) for name, kind in kinds.items()):
+            raise ValueError
+        if not {'open_splits', 'create_loaders', 'create_teacher'} <= set(body['arguments']):
             raise ValueError
     except FileNotFoundError as e:
         raise UserError(f'{folder}: not a teacher cache (no cache.json)') from e
     except OSError as e:
         raise UserError(f'{file}: cannot be read ({e.strerror})') from e
-    except (ValueError, TypeError, AttributeError) as e:
+    except UserError:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f'{file}: is damaged; delete {folder} to have it computed again') from e
     return body
 

@@ -59,8 +59,6 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         # `accelerate launch --gradient_accumulation_steps N` is passed on through the environment
         grad_accum_steps=int(accum_env) if accum_env.isdigit() and int(accum_env) > 0 else 1,
     )
-    if c.train_crop_mode == 'pad':
-        _default(c, crop_pct=1.0)  # crops at random keep the scale of the whole image
     if c.workers == 'auto':
         c.workers = auto_workers()
     _default(c, validation_batch_size=c.batch_size, hub_model_id=_default_repository(c))

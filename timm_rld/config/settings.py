@@ -136,7 +136,7 @@ class Config:
     teacher_cache_views: int | None = setting(None, DISTILL,
         'augmented versions of each image: epoch e repeats those of epoch (e - 1) mod N + 1 (default: 10, or the '
         'epochs if fewer)', ge=1, used_by='TeacherCache:augmentation_epochs')  # fmt: skip
-    teacher_cache_dtype: str = setting('float16', DISTILL, 'of the cached logits',
+    teacher_cache_dtype: str = setting('float16', DISTILL, 'dtype of the cached logits',
         choices=('float16', 'bfloat16', 'float32'), used_by='TeacherCache:dtype')  # fmt: skip
     smoothing: float | None = setting(None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0,
         le=0.99, used_by='DistillationTask')  # fmt: skip
@@ -190,7 +190,7 @@ class Config:
     jpeg_draft: bool = setting(False, DATA,
         'decode JPEGs at 1/2, 1/4 or 1/8 scale where twice the pixels needed remain; pixels differ by less than one '
         'grey value on average', flag=True, used_by='create_loaders', logits=True)  # fmt: skip
-    seed: int = setting(42, DATA, 'of weights, order and augmentation', ge=0, le=2**32 - 1024,
+    seed: int = setting(42, DATA, 'seed of weights, order and augmentation', ge=0, le=2**32 - 1024,
         used_by='open_splits create_loaders Mixup', per_run=True)  # fmt: skip
 
     # augmentation
@@ -305,7 +305,7 @@ class Config:
     hub_license: str = setting('apache-2.0', HUB, 'license in the card; data or teacher may ask for another',
         used_by='check_hub:license push_run BackgroundPush', resumable=True)  # fmt: skip
     hub_strategy: str = setting('end', HUB,
-        "push at the 'end' alone, or also at each new 'best' epoch or 'every_save' that ends one",
+        "push at the 'end' alone, also after each new 'best' epoch, or after 'every_save' (each epoch that is saved)",
         choices=('end', 'best', 'every_save'), used_by='BackgroundPush', resumable=True)  # fmt: skip
     hub_weights: str = setting('last', HUB,
         'which weights: of the last epoch, the best on the validation split, or the moving average',

@@ -119,7 +119,7 @@ class Checkpoints:
         """
         final = self.folder / checkpoint.position.name
         part = self.folder / f'.part-{final.name}'
-        then = f'train_distill.py --resume {self.folder.parent} '
+        then = f'accelerate launch train_distill.py --resume {self.folder.parent} '
         then += 'continues from the one before' if self.names() else 'starts again: there is none before it'
         files = _as_files(checkpoint)
         try:
@@ -225,6 +225,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 raise Damaged(f'{name} is not what was written')
         state = torch.load(io.BytesIO(data.pop('state.pt')), map_location='cpu', weights_only=True)
         weights = {name.removesuffix('.safetensors'): safetensors.torch.load(d) for name, d in data.items()}
+        return Checkpoint(Position(**body['position']), body['history'], body['lr'], weights, state)
     except OSError as e:
         raise Damaged(f'{os.path.basename(e.filename or "")}: {e.strerror}') from e
     except Damaged:
@@ -233,4 +234,3 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if is_not_plain(e):
             raise Damaged('state.pt holds more than tensors and plain values, so it was not loaded') from e
         raise Damaged(str(e).splitlines()[0][:200] if str(e) else type(e).__name__) from e
-    return Checkpoint(Position(**body['position']), body['history'], body['lr'], weights, state)

@@ -310,7 +310,7 @@ class Pauses:
             return
         message = f'stopped by {signal.Signals(stop).name} in epoch {self.state.epoch} of the {self.state.phase}'
         if self.checkpoints is not None:
-            message += f'; train_distill.py --resume {self.checkpoints.folder.parent} continues'
+            message += f'; accelerate launch train_distill.py --resume {self.checkpoints.folder.parent} continues'
             if not self.loader.can_start_within:
                 message += ' from the end of the epoch before, since a stream cannot be entered in the middle'
         raise Stopped(message, 128 + stop)

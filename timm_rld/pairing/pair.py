@@ -254,10 +254,10 @@ def create_pair(
         >>> pair = create_pair('resnet34', 'resnet18', num_classes=10, teacher_checkpoint='teacher.safetensors')
         >>> task = DistillationTask(pair.student, pair.teacher, create_distill_loss('rld'))
     """
+    if unknown := kwargs.keys() - _PAIR_ARGUMENTS:
+        raise TypeError(f"create_pair() got an unexpected keyword argument '{min(unknown)}'")
     of_teacher = {k.removeprefix('teacher_'): v for k, v in kwargs.items() if k.startswith('teacher_')}
     of_student = {k.removeprefix('student_'): v for k, v in kwargs.items() if not k.startswith('teacher_')}
-    if unknown := of_student.keys() - _STUDENT_ARGUMENTS:
-        raise TypeError(f"create_pair() got an unexpected keyword argument '{min(unknown)}'")
     if seed is not None:
         torch.manual_seed(seed)
     pair = create_student(
@@ -273,6 +273,10 @@ def create_pair(
     return pair
 
 
+_PAIR_ARGUMENTS = {
+    'student_pretrained', 'mean', 'std', 'interpolation', 'crop_pct', 'teacher_pretrained', 'teacher_checkpoint',
+    'teacher_class_map', 'teacher_img_size', 'teacher_mean', 'teacher_std',
+}  # fmt: skip
 _STUDENT_ARGUMENTS = set(inspect.signature(create_student).parameters) - {'kwargs'}
 
 
