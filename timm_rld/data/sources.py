@@ -192,16 +192,20 @@ def open_split(
     if kind == 'wds':
         source.shards = _check_shards(made.reader, split, flag)
     _read_classes(source, str(dataset or data_dir), flag, target_key or 'label', num_classes)
-    if not source.streamed and not len(source):
-        raise UserError(f'{flag} {split}: holds no images')
-    if source.num_classes < 2:
-        raise UserError(f'{flag} {split}: {dataset or data_dir} has {source.num_classes} class; at least 2 are needed')
+    _check_split(source, str(dataset or data_dir), flag)
     if kind == 'hfds':
         try:
             source.read(_has_image(made.reader).index(True).as_py())  # a null is reported when it is read
         except SampleError as e:
             raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
     return source
+
+
+def _check_split(source: Source, name: str, flag: str) -> None:
+    if not source.streamed and not len(source):
+        raise UserError(f'{flag} {source.split}: holds no images')
+    if source.num_classes < 2:
+        raise UserError(f'{flag} {source.split}: {name} has {source.num_classes} class; at least 2 are needed')
 
 
 def _kind_of(dataset: str | None, data_dir: str | None) -> tuple[str, str]:
