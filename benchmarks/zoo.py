@@ -14,7 +14,8 @@ The pair (the architecture with itself) is built by `create_pair` at the smalles
   far they are from those without autocast.
 
 Each architecture has a process of its own and a limit of time, so that a crash or a hang is a row of the table. What is
-found is kept in DIR/results.jsonl: interrupted, the same command goes on. DIR/zoo.md is the table, failures first.
+found is written to DIR/results.jsonl: after an interruption the same command continues. DIR/zoo.md is the table, with
+failures first.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from torch import nn  # noqa: E402
 
 import timm_rld  # noqa: E402
 from timm_rld import DistillationTask, create_pair, export_model  # noqa: E402
-from timm_rld.errors import UsageError, UserError, did_you_mean, run_main  # noqa: E402
+from timm_rld.bench.measure import run_script  # noqa: E402
+from timm_rld.errors import UsageError, UserError, did_you_mean  # noqa: E402
 from timm_rld.pairing import Pair  # noqa: E402
 
 SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
@@ -239,7 +241,8 @@ def table(rows: list[Row], left_out: list[str], limit: float) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> str:
+    """Return the summary and the table as Markdown."""
     known = [m for m in timm.list_modules() if hasattr(timm.models, m)]  # ours are in its registry too
     for name in args.modules or ():
         if name not in known:
@@ -264,20 +267,22 @@ def run(args: argparse.Namespace) -> None:
         verdict = 'ok' if passes(row) else 'FAILED'
         print(f'{i}/{len(modules)} {row["architecture"]}: {verdict}, {row["seconds"]} s  {row["note"]}', flush=True)
     text = table([rows[m] for m in modules if m in rows], left_out, args.max_parameters)
-    (args.output / 'zoo.md').write_text(text)
-    print(text)
+    (args.output / 'zoo.md').write_text(text, encoding='utf-8')
+    return text
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='for results.jsonl and zoo.md')
     parser.add_argument('--modules', nargs='+', metavar='NAME', help='of timm.models; default: all')
     parser.add_argument('--seconds', type=float, default=90, help='for one architecture (default: 90)')
     parser.add_argument('--max-parameters', type=float, default=60, metavar='M', help='in millions (default: 60)')
     parser.add_argument('--threads', type=int, default=1, help="torch's, in each process (default: 1)")
     parser.add_argument('--retry', action='store_true', help='run those again that failed')
-    args = parser.parse_args(argv)
-    return run_main(lambda: run(args), 'zoo.py', debug=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sweep and print its table. Returns the exit code."""
+    return run_script(sys.modules[__name__], argv)
 
 
 if __name__ == '__main__':

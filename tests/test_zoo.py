@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,9 +17,9 @@ SCRIPT = Path(__file__).parent.parent / 'benchmarks' / 'zoo.py'
 
 @pytest.fixture
 def zoo():
-    spec = importlib.util.spec_from_file_location('zoo', SCRIPT)
-    module, threads = importlib.util.module_from_spec(spec), torch.get_num_threads()
-    spec.loader.exec_module(module)
+    from benchmarks import zoo as module
+
+    threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)
 
