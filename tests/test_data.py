@@ -609,3 +609,8 @@ def test_an_epoch_of_a_stream_that_ends_early_is_an_error(shards):
     stream = Loader(source, train_transform((3, 16, 16), **NORM), 4, training=True, workers=2)
     with pytest.raises(SampleError, match='--train-split train.*: ended after 3 of 6 batches'):
         epoch_of(stream, 1)
+
+
+def test_an_empty_name_of_a_dataset_is_refused():
+    with pytest.raises(UserError, match="--dataset '': needs --data-dir"):
+        open_split('', 'train', flag='--train-split')

@@ -218,8 +218,8 @@ def _kind_of(dataset: str | None, data_dir: str | None) -> tuple[str, str]:
             f'--dataset {dataset}: expected hfds/…, hfids/…, wds/… or torch/…; did you mean {hint}? '
             f'(folders of images: --data-dir alone)'
         )
-    if data_dir is None and kind in ('torch', 'wds'):
-        raise UserError(f'--dataset {dataset}: needs --data-dir, the folder that holds it')
+    if data_dir is None and kind in ('', 'torch', 'wds'):
+        raise UserError(f'--dataset {dataset or repr(dataset)}: needs --data-dir, the folder that holds it')
     if data_dir is not None and kind in ('', 'wds') and not os.path.exists(data_dir):
         raise UserError(f'--data-dir {data_dir}: no such folder')
     return kind, rest
