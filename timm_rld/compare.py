@@ -116,6 +116,11 @@ def compare(
     variants = [parse_variant(c) for c in criteria]
     _claim(output, config)
     launch = [*(shlex.split(launcher) or [sys.executable]), '-m', 'train_distill']
+    if config.val_fraction is not None and config.val_seed is None:
+        flags += [
+            '--val-seed',
+            str(config.seed),
+        ]  # the teacher is trained once, and must not have seen what is held out
     train_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
     jobs = [(v, s, output / f'{_slug(v.label)}-seed{s}') for s in seeds for v in variants]
     log(f'{len(jobs)} run(s) in {output}' + (', and a teacher for all' if train_teacher else ''))

@@ -17,7 +17,9 @@ from PIL import Image
 
 from ..errors import SampleError, UserError
 from ..offline import hub_in_reach
-from .targets import targets_of
+from .names import VALIDATION_NAMES, find_named
+from .table import Table, open_table, read_table
+from .targets import UNLABELED, targets_of
 from .transforms import in_mode
 
 SAMPLE_DIR = Path(__file__).parent / 'sample'
@@ -26,7 +28,6 @@ SAMPLE_NOTE = (
     '(UCI handwritten digits: 1,797 images, 10 classes, CC BY 4.0).'
 )
 STREAMED = ('hfids', 'wds', 'tfds')
-_SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Source:
         image_mode: PIL mode that images are converted to.
         shards: of `wds/`, files that its readers share out, none of which is read by two.
         part: where the split is a part of the dataset, the places in the dataset of its images; else None.
+        unlabeled: images without a label, which were left out.
     """
 
     dataset: Any
@@ -52,6 +54,7 @@ class Source:
     image_mode: str
     shards: int | None = None
     part: NDArray[np.int64] | None = field(default=None, compare=False)
+    unlabeled: int = 0
 
     def __len__(self) -> int:
         """Images of the split; of a streamed one, those that one process reads."""
@@ -110,6 +113,18 @@ class Source:
     def declared(self) -> int | None:
         """Images that a streamed split declares to hold; None where they can be counted."""
         return self.dataset.reader.num_samples if self.streamed else None
+
+    def keys(self) -> list[str]:
+        """Return :meth:`key` of each image."""
+        return [self.key(i) for i in range(len(self))]
+
+    def files(self) -> list[str] | None:
+        """Return the path of each image; None where the dataset does not consist of files."""
+        reader = getattr(self.dataset, 'reader', None)
+        samples: Any = getattr(self.dataset if reader is None else reader, 'samples', None)
+        if samples is None or not len(samples) or not isinstance(samples[0][0], str):
+            return None
+        return [path for path, _ in samples] if self.part is None else [samples[i][0] for i in self.part.tolist()]
 
     def digest(self) -> str:
         """A short digest of what the split holds, as far as it is known without reading images: file names and
@@ -195,15 +210,19 @@ def open_split(
     batch_size: int = 1,
     seed: int = 42,
     dataset_download: bool = False,
+    labels: str | Table | None = None,
+    drop_unlabeled: bool = False,
 ) -> Source:
     """Open one split of a dataset, checking all that can be checked before a run.
 
     Args:
         dataset: timm's dataset name (`hfds/…`, `hfids/…`, `wds/…`, `torch/…`); None for folders or tars in
             ``data_dir``, or the sample if that is None too.
-        split: the split's name.
+        split: the split's name; `.` for ``data_dir`` itself, where the class folders lie right in it.
         flag: the flag that named the split, for messages.
         num_classes: where the dataset does not give it.
+        labels: a table of paths and labels (:func:`read_table`), in place of a dataset.
+        drop_unlabeled: leave out images without a label; else they are an error.
 
     Returns:
         The split.
@@ -211,11 +230,21 @@ def open_split(
     Raises:
         UserError: a missing or empty folder, an unknown split, a missing column, labels that are not class indices.
     """
+    image_mode = {1: 'L', 3: 'RGB'}[in_chans]
+    if labels is not None:
+        table = labels if isinstance(labels, Table) else read_table(labels, data_dir, input_key, target_key)
+        name = f'--labels {table.name}'
+        if dataset is not None:
+            raise UserError(f'{name} with --dataset {dataset}: name one of the two')
+        names = None if class_map is None else _read_class_map(class_map, table.root)
+        rows, count = open_table(table, split, flag, names)
+        source = Source(rows, split, count, list(rows.reader.class_to_idx) or None, False, image_mode)
+        _check_number(source, name, num_classes)
+        return _labeled(source, name, flag, drop_unlabeled)
     if dataset is None and data_dir is None:
         dataset = f'hfds/{SAMPLE_DIR}'
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     kind, rest = _kind_of(dataset, data_dir)
-    image_mode = {1: 'L', 3: 'RGB'}[in_chans]
     kwargs: dict[str, Any] = dict(class_map=class_map, input_key=input_key, input_img_mode=image_mode)
     if kind:
         kwargs['target_key'] = target_key
@@ -248,14 +277,18 @@ def open_split(
         made = create_dataset(name, root=root, split=split, **kwargs)
     except Exception as e:
         raise _explain(e, kind, rest, root, split, flag, dataset_download) from e
+    if getattr(made, 'train', None) is False and split not in VALIDATION_NAMES:  # timm takes any other name for test
+        raise UserError(f'{flag} {split}: no such split in {dataset} (there: train, validation)')
     source = Source(made, split, 0, None, kind in STREAMED, image_mode)
     if kind == 'wds':
         source.shards = _check_shards(made.reader, split, flag)
     _read_classes(source, str(dataset or data_dir), flag, target_key or 'label', num_classes)
-    _check_split(source, str(dataset or data_dir), flag)
+    if drop_unlabeled and source.streamed:
+        raise UserError(f'--drop-unlabeled: {dataset} is streamed, and its labels are not known before they are read')
+    whole, source = source, _labeled(source, str(dataset or data_dir), flag, drop_unlabeled)
     if kind == 'hfds':
         try:
-            source.read(_has_image(made.reader).index(True).as_py())  # a null is reported when it is read
+            whole.read(_has_image(made.reader).index(True).as_py())  # a null is reported when it is read
         except SampleError as e:
             raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
     return source
@@ -266,6 +299,24 @@ def _check_split(source: Source, name: str, flag: str) -> None:
         raise UserError(f'{flag} {source.split}: holds no images')
     if source.num_classes < 2:
         raise UserError(f'{flag} {source.split}: {name} has {source.num_classes} class; at least 2 are needed')
+
+
+def _labeled(source: Source, name: str, flag: str, drop_unlabeled: bool) -> Source:
+    """Return the images that have a label; those without are an error unless they may be left out."""
+    targets = source.targets
+    without = 0 if targets is None else int((targets == UNLABELED).sum())
+    if targets is not None and without and without == len(targets):
+        raise UserError(f'{flag} {source.split}: no image has a label (all are None or -1); name another split')
+    if targets is not None and without:
+        if not drop_unlabeled:
+            raise UserError(
+                f'{flag} {source.split}: {without:,} of {len(targets):,} images have no label (None or -1); '
+                '--drop-unlabeled leaves them out'
+            )
+        source = source.subset(np.flatnonzero(targets != UNLABELED))
+        source.unlabeled = without
+    _check_split(source, name, flag)
+    return source
 
 
 def _kind_of(dataset: str | None, data_dir: str | None) -> tuple[str, str]:
@@ -285,57 +336,6 @@ def _kind_of(dataset: str | None, data_dir: str | None) -> tuple[str, str]:
     return kind, rest
 
 
-def open_splits(
-    dataset: str | None,
-    train_split: str,
-    val_split: str,
-    *,
-    train_num_samples: int | None = None,
-    val_num_samples: int | None = None,
-    batch_size: int = 1,
-    validation_batch_size: int = 1,
-    **kwargs: Any,
-) -> tuple[Source, Source]:
-    """Open the training and the validation split of a dataset; arguments as :func:`open_split`.
-
-    Returns:
-        The two splits.
-
-    Raises:
-        UserError: also where the two do not have the same classes.
-    """
-    train = open_split(
-        dataset, train_split, flag='--train-split', is_training=True, num_samples=train_num_samples,
-        batch_size=batch_size, **kwargs,
-    )  # fmt: skip
-    val = open_split(
-        dataset, val_split, flag='--val-split', num_samples=val_num_samples, batch_size=validation_batch_size, **kwargs
-    )
-    check_same_classes(train, val)
-    return train, val
-
-
-def check_same_classes(train: Source, val: Source) -> None:
-    """Raise UserError unless both splits have the same classes in the same order, naming the first differences."""
-    a, b = train.class_names, val.class_names
-    if a is not None and b is not None and a != b:
-        if missing := [repr(x) for x in a if x not in b]:
-            what = f'{", ".join(missing[:5])} only in {train.split!r}'
-        elif missing := [repr(x) for x in b if x not in a]:
-            what = f'{", ".join(missing[:5])} only in {val.split!r}'
-        else:
-            i = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-            what = f'class {i} is {a[i]!r} in {train.split!r}, {b[i]!r} in {val.split!r}'
-        raise UserError(
-            f'--train-split {train.split} and --val-split {val.split} have different classes: {what}. '
-            'A --class-map FILE (a name a line) gives both the same list.'
-        )
-    if val.num_classes > train.num_classes:
-        raise UserError(
-            f'--train-split {train.split} has {train.num_classes} classes, --val-split {val.split} {val.num_classes}'
-        )
-
-
 def _quiet_datasets() -> None:
     """Spare a run the progress bars of reading its own cache."""
     import datasets
@@ -348,12 +348,14 @@ def _find_split(root: str, split: str, flag: str) -> str:
     and train and validate on the same images."""
     if os.path.isfile(root):
         raise UserError(f'--data-dir {root}: one file holds one split; name a folder with train.tar and validation.tar')
-    names = next((s for s in _SPLIT_SYNONYMS if split in s), ())
-    for name in (split, *names):
-        for candidate in (os.path.join(root, name), os.path.join(root, name + '.tar')):
-            if os.path.exists(candidate) and not os.path.samefile(candidate, root):
-                return candidate
-    there = sorted(p.name.removesuffix('.tar') for p in Path(root).iterdir() if p.is_dir() or p.suffix == '.tar')
+    if split == '.':
+        return root
+    paths = {p.name: p for p in Path(root).iterdir() if p.is_dir() or p.suffix == '.tar'}
+    there = sorted({name.removesuffix('.tar') for name in paths})
+    if split and (found := find_named(there, split)):
+        candidate = str(paths.get(found) or paths[f'{found}.tar'])
+        if not os.path.samefile(candidate, root):
+            return candidate
     listed = ', '.join(there[:8]) + (', …' if len(there) > 8 else '') if there else 'no folder at all'
     raise UserError(f'{flag} {split!r}: no such folder in --data-dir {root} (there: {listed})')
 
@@ -475,22 +477,11 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
         if target_key not in columns.column_names:
             raise UserError(f'--target-key {target_key}: no such label column in {name} (columns: {shown})')
         try:
-            labels = columns.unique(target_key)
-        except Exception as e:
-            raise UserError(f'--target-key {target_key}: expected one class index a row ({e})') from e
-        if getattr(reader, 'remap_class', False):
-            names = [reader._source_names.get(x, x) for x in labels]
-            if lost := [n for x, n in zip(labels, names) if x not in mapping and n not in mapping]:
-                raise UserError(f'--class-map: no line for the label {", ".join(map(repr, lost[:5]))} of {name}')
-            labels = None
-        elif not all(isinstance(x, (int, np.integer)) for x in labels):
-            odd = next(x for x in labels if not isinstance(x, (int, np.integer)))
-            raise UserError(
-                f'--target-key {target_key}: expected class indices, found {odd!r}; '
-                'give an integer column, or name the classes with --class-map FILE'
-            )
-        if labels and min(labels) < 0:
-            raise UserError(f'{flag} {source.split}: label {min(labels)} found; this split has no labels to use')
+            targets = source.targets
+        except UserError as e:
+            raise UserError(f'{e} of {name}' if '--class-map: no line' in str(e) else str(e)) from e
+        if targets is not None and not getattr(reader, 'remap_class', False):
+            labels = np.unique(targets[targets != UNLABELED]).tolist()
     if mapping:
         source.num_classes = max(mapping.values()) + 1
         by_index = {i: _readable(str(n)) for n, i in mapping.items()}
@@ -505,6 +496,11 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
         raise UserError(f'{name} does not give its number of classes; give --num-classes N')
     if labels and source.class_names and max(labels) >= source.num_classes:
         raise UserError(f'{flag} {source.split}: label {max(labels)} with {source.num_classes} classes')
+    _check_number(source, name, num_classes)
+
+
+def _check_number(source: Source, name: str, num_classes: int | None) -> None:
+    """Set the number of classes to one that was given, if there can be so many."""
     if num_classes is not None:
         if num_classes < source.num_classes or (source.class_names and num_classes != source.num_classes):
             raise UserError(f'--num-classes {num_classes}: {name} ({source.split}) has {source.num_classes}')
