@@ -199,6 +199,75 @@ def open_split(
     split: str,
     *,
     flag: str,
+    labels: str | Table | None = None,
+    drop_unlabeled: bool = False,
+    **kwargs: Any,
+) -> Source:
+    """Open one split of a dataset or of a table of labels, checking all that can be checked before a run.
+
+    Args:
+        dataset, split, flag, **kwargs: see :func:`open_dataset`.
+        labels: a table of paths and labels (:func:`read_table`), in place of a dataset.
+        drop_unlabeled: leave out images without a label; else they are an error.
+
+    Returns:
+        The split.
+
+    Raises:
+        UserError: as :func:`open_dataset`; also for images without a label, and for a table that does not fit.
+    """
+    if labels is None:
+        source = open_dataset(dataset, split, flag=flag, **kwargs)
+    else:
+        if dataset is not None:
+            raise UserError(f'--labels with --dataset {dataset}: name one of the two')
+        source = _open_labels(labels, split, flag=flag, **kwargs)
+    if drop_unlabeled and source.streamed:
+        raise UserError(f'--drop-unlabeled: {dataset} is streamed, and its labels are not known before they are read')
+    targets = source.targets
+    if targets is None or not (without := int((targets == UNLABELED).sum())):
+        return source
+    if without == len(targets):
+        raise UserError(f'{flag} {source.split}: no image has a label (all are None or -1); name another split')
+    if not drop_unlabeled:
+        raise UserError(
+            f'{flag} {source.split}: {without:,} of {len(targets):,} images have no label (None or -1); '
+            '--drop-unlabeled leaves them out'
+        )
+    source = source.subset(np.flatnonzero(targets != UNLABELED))
+    source.unlabeled = without
+    return source
+
+
+def _open_labels(
+    labels: str | Table,
+    split: str,
+    *,
+    flag: str,
+    data_dir: str | None = None,
+    class_map: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    **_: Any,  # of other datasets
+) -> Source:
+    """Open one split of a table of labels."""
+    table = labels if isinstance(labels, Table) else read_table(labels, data_dir, input_key, target_key)
+    names = None if class_map is None else _read_class_map(class_map, table.root)
+    dataset, count = open_table(table, split, flag, names)
+    class_names = list(dataset.reader.class_to_idx) or None
+    source = Source(dataset, split, count, class_names, False, {1: 'L', 3: 'RGB'}[in_chans])
+    _check_number(source, f'--labels {table.name}', num_classes)
+    _check_split(source, f'--labels {table.name}', flag)
+    return source
+
+
+def open_dataset(
+    dataset: str | None,
+    split: str,
+    *,
+    flag: str,
     data_dir: str | None = None,
     is_training: bool = False,
     num_classes: int | None = None,
@@ -210,10 +279,8 @@ def open_split(
     batch_size: int = 1,
     seed: int = 42,
     dataset_download: bool = False,
-    labels: str | Table | None = None,
-    drop_unlabeled: bool = False,
 ) -> Source:
-    """Open one split of a dataset, checking all that can be checked before a run.
+    """Open one split of a dataset; images without a label are in it.
 
     Args:
         dataset: timm's dataset name (`hfds/…`, `hfids/…`, `wds/…`, `torch/…`); None for folders or tars in
@@ -221,8 +288,6 @@ def open_split(
         split: the split's name; `.` for ``data_dir`` itself, where the class folders lie right in it.
         flag: the flag that named the split, for messages.
         num_classes: where the dataset does not give it.
-        labels: a table of paths and labels (:func:`read_table`), in place of a dataset.
-        drop_unlabeled: leave out images without a label; else they are an error.
 
     Returns:
         The split.
@@ -230,21 +295,11 @@ def open_split(
     Raises:
         UserError: a missing or empty folder, an unknown split, a missing column, labels that are not class indices.
     """
-    image_mode = {1: 'L', 3: 'RGB'}[in_chans]
-    if labels is not None:
-        table = labels if isinstance(labels, Table) else read_table(labels, data_dir, input_key, target_key)
-        name = f'--labels {table.name}'
-        if dataset is not None:
-            raise UserError(f'{name} with --dataset {dataset}: name one of the two')
-        names = None if class_map is None else _read_class_map(class_map, table.root)
-        rows, count = open_table(table, split, flag, names)
-        source = Source(rows, split, count, list(rows.reader.class_to_idx) or None, False, image_mode)
-        _check_number(source, name, num_classes)
-        return _labeled(source, name, flag, drop_unlabeled)
     if dataset is None and data_dir is None:
         dataset = f'hfds/{SAMPLE_DIR}'
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     kind, rest = _kind_of(dataset, data_dir)
+    image_mode = {1: 'L', 3: 'RGB'}[in_chans]
     kwargs: dict[str, Any] = dict(class_map=class_map, input_key=input_key, input_img_mode=image_mode)
     if kind:
         kwargs['target_key'] = target_key
@@ -277,46 +332,27 @@ def open_split(
         made = create_dataset(name, root=root, split=split, **kwargs)
     except Exception as e:
         raise _explain(e, kind, rest, root, split, flag, dataset_download) from e
-    if getattr(made, 'train', None) is False and split not in VALIDATION_NAMES:  # timm takes any other name for test
-        raise UserError(f'{flag} {split}: no such split in {dataset} (there: train, validation)')
     source = Source(made, split, 0, None, kind in STREAMED, image_mode)
     if kind == 'wds':
         source.shards = _check_shards(made.reader, split, flag)
     _read_classes(source, str(dataset or data_dir), flag, target_key or 'label', num_classes)
-    if drop_unlabeled and source.streamed:
-        raise UserError(f'--drop-unlabeled: {dataset} is streamed, and its labels are not known before they are read')
-    whole, source = source, _labeled(source, str(dataset or data_dir), flag, drop_unlabeled)
+    _check_split(source, str(dataset or data_dir), flag)
     if kind == 'hfds':
         try:
-            whole.read(_has_image(made.reader).index(True).as_py())  # a null is reported when it is read
+            source.read(_has_image(made.reader).index(True).as_py())  # a null is reported when it is read
         except SampleError as e:
             raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
     return source
 
 
 def _check_split(source: Source, name: str, flag: str) -> None:
+    if getattr(source.dataset, 'train', None) is False and source.split not in VALIDATION_NAMES:
+        # timm opens the test images of torch/ for any name but that of the training split
+        raise UserError(f'{flag} {source.split}: no such split in {name} (there: train, validation)')
     if not source.streamed and not len(source):
         raise UserError(f'{flag} {source.split}: holds no images')
     if source.num_classes < 2:
         raise UserError(f'{flag} {source.split}: {name} has {source.num_classes} class; at least 2 are needed')
-
-
-def _labeled(source: Source, name: str, flag: str, drop_unlabeled: bool) -> Source:
-    """Return the images that have a label; those without are an error unless they may be left out."""
-    targets = source.targets
-    without = 0 if targets is None else int((targets == UNLABELED).sum())
-    if targets is not None and without and without == len(targets):
-        raise UserError(f'{flag} {source.split}: no image has a label (all are None or -1); name another split')
-    if targets is not None and without:
-        if not drop_unlabeled:
-            raise UserError(
-                f'{flag} {source.split}: {without:,} of {len(targets):,} images have no label (None or -1); '
-                '--drop-unlabeled leaves them out'
-            )
-        source = source.subset(np.flatnonzero(targets != UNLABELED))
-        source.unlabeled = without
-    _check_split(source, name, flag)
-    return source
 
 
 def _kind_of(dataset: str | None, data_dir: str | None) -> tuple[str, str]:
