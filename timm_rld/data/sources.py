@@ -82,13 +82,29 @@ class Source:
         found = None if self.streamed else targets_of(self.dataset)
         return found if found is None or self.part is None else found[self.part]
 
+    @property
+    def _samples(self) -> Any:
+        """What a reader of folders or of a tar has of each image, path and class; None of another dataset."""
+        reader = getattr(self.dataset, 'reader', None)
+        return getattr(self.dataset if reader is None else reader, 'samples', None)
+
+    @property
+    def _root(self) -> str:
+        return str(getattr(getattr(self.dataset, 'reader', self.dataset), 'root', ''))
+
+    def files(self) -> list[str] | None:
+        """Return the path of each image; None where the dataset does not consist of files."""
+        samples = self._samples
+        if samples is None or not len(samples) or not isinstance(samples[0][0], str) or os.path.isfile(self._root):
+            return None
+        return [path for path, _ in samples] if self.part is None else [samples[i][0] for i in self.part.tolist()]
+
     def path(self, index: int) -> Path | None:
         """Return the file of an image; None where it has none of its own."""
-        place = self.place(index)
-        reader: Any = getattr(self.dataset, 'reader', None)
-        samples = getattr(self.dataset if reader is None else reader, 'samples', None)
-        if samples is not None and isinstance(samples[place][0], str):
+        place, samples = self.place(index), self._samples
+        if samples is not None and isinstance(samples[place][0], str) and not os.path.isfile(self._root):
             return Path(samples[place][0])
+        reader: Any = getattr(self.dataset, 'reader', None)
         columns: Any = getattr(reader, 'dataset', None)
         if hasattr(columns, 'unique'):
             row = columns[place][reader.image_key]
@@ -98,33 +114,22 @@ class Source:
     def key(self, index: int) -> str:
         """Return what stands for an image, whatever others there are: its path below the root of the split, with
         slashes, or, where it has none, its place in the dataset."""
-        place, reader = self.place(index), getattr(self.dataset, 'reader', None)
-        samples: Any = getattr(self.dataset if reader is None else reader, 'samples', None)
+        place, samples = self.place(index), self._samples
         if samples is None:
             return str(place)
         name = samples[place][0]
-        if isinstance(name, str):
-            root = os.path.join(getattr(self.dataset if reader is None else reader, 'root', ''), '')
-            return name.removeprefix(root).replace(os.sep, '/')
-        info, archive, inner = name  # of a tar, which may lie in a folder of tars, or in a tar
-        return '/'.join([*([archive] if archive else []), *([inner.name] if inner is not None else []), info.path])
-
-    @property
-    def declared(self) -> int | None:
-        """Images that a streamed split declares to hold; None where they can be counted."""
-        return self.dataset.reader.num_samples if self.streamed else None
+        if not isinstance(name, str):  # of a tar: the member, and the tars that it lies in
+            return '/'.join(str(getattr(part, 'path', part)) for part in (*samples[place][:0:-1], name) if part)
+        return name.removeprefix(os.path.join(self._root, '')).replace(os.sep, '/')
 
     def keys(self) -> list[str]:
         """Return :meth:`key` of each image."""
         return [self.key(i) for i in range(len(self))]
 
-    def files(self) -> list[str] | None:
-        """Return the path of each image; None where the dataset does not consist of files."""
-        reader = getattr(self.dataset, 'reader', None)
-        samples: Any = getattr(self.dataset if reader is None else reader, 'samples', None)
-        if samples is None or not len(samples) or not isinstance(samples[0][0], str):
-            return None
-        return [path for path, _ in samples] if self.part is None else [samples[i][0] for i in self.part.tolist()]
+    @property
+    def declared(self) -> int | None:
+        """Images that a streamed split declares to hold; None where they can be counted."""
+        return self.dataset.reader.num_samples if self.streamed else None
 
     def digest(self) -> str:
         """A short digest of what the split holds, as far as it is known without reading images: file names and
@@ -339,7 +344,8 @@ def open_dataset(
     _check_split(source, str(dataset or data_dir), flag)
     if kind == 'hfds':
         try:
-            source.read(_has_image(made.reader).index(True).as_py())  # a null is reported when it is read
+            for index in _whole_rows(source)[:1].tolist():  # a null is reported when it is read
+                source.read(index)
         except SampleError as e:
             raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
     return source
@@ -491,6 +497,12 @@ def _has_image(reader: Any) -> Any:
     return pc.or_(*(pc.is_valid(pc.struct_field(column, part)) for part in ('bytes', 'path')))
 
 
+def _whole_rows(source: Source) -> NDArray[np.int64]:
+    """The rows of a table of `hfds/` that have both an image and a label."""
+    assert source.targets is not None
+    return np.flatnonzero(np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED))
+
+
 def _readable(name: str) -> str:
     """A folder's name as text. Where the locale knows ASCII alone, Python gives its bytes in place of other letters."""
     return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
@@ -526,8 +538,8 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
     elif getattr(source.dataset, 'classes', None):
         source.class_names = [str(c) for c in source.dataset.classes]
         source.num_classes = len(source.class_names)
-    elif labels:
-        source.num_classes = max(labels) + 1
+    elif labels is not None:
+        source.num_classes = max(labels, default=1) + 1  # where none has a label, that is the error
     elif num_classes is None:
         raise UserError(f'{name} does not give its number of classes; give --num-classes N')
     if labels and source.class_names and max(labels) >= source.num_classes:

@@ -91,7 +91,6 @@ def open_splits(
             log(f'Validation split: {name} (--val-split names another)')
         _log_unlabeled(val, log)
         check_same_classes(train, val)
-        check_trained_classes(train, val)
         if same := overlap(train, val):
             log(f'Warning: {same}')
     if note := classes_without_images(train):
@@ -147,6 +146,7 @@ def check_same_classes(train: Source, val: Source) -> None:
             f'--train-split {train.split} and --val-split {val.split} have different classes: {what}. '
             'A --class-map FILE (a name a line) gives both the same list.'
         )
+    check_trained_classes(train, val)
     if val.num_classes > train.num_classes:
         raise UserError(
             f'--train-split {train.split} has {train.num_classes} classes, --val-split {val.split} {val.num_classes}'
