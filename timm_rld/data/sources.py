@@ -139,9 +139,9 @@ class Source:
         samples = getattr(reader, 'samples', None)
         columns: Any = getattr(reader, 'dataset', None)
         if samples is not None and len(samples) and isinstance(samples[0][0], str):
-            start = len(str(reader.root))
+            root = str(reader.root)
             for path, target in samples if self.part is None else (samples[i] for i in self.part.tolist()):
-                digest.update(f'{path[start:]}\0{target}\n'.encode('utf-8', 'surrogateescape'))
+                digest.update(f'{path.removeprefix(root)}\0{target}\n'.encode('utf-8', 'surrogateescape'))
             return digest.hexdigest()[:12]
         if not self.streamed and hasattr(columns, 'unique') and reader.label_key in columns.column_names:
             digest.update(repr(list(columns[reader.label_key])).encode())

@@ -75,7 +75,7 @@ def open_splits(
     if train_split is None and train.split not in TRAIN_NAMES[:1]:
         where = f'the classes right in {data_dir}' if train.split == '.' else train.split
         log(f'Training split: {where} (--train-split names another)')
-    _log_unlabeled(train, log)
+    _log_left_out(train, log)
     if val_fraction is not None:
         train, val = hold_out(train, val_fraction, seed if val_seed is None else val_seed)
         log(
@@ -89,7 +89,7 @@ def open_splits(
         )
         if val_split is None and known.kind != 'sample':
             log(f'Validation split: {name} (--val-split names another)')
-        _log_unlabeled(val, log)
+        _log_left_out(val, log)
         check_same_classes(train, val)
         if same := overlap(train, val):
             log(f'Warning: {same}')
@@ -178,9 +178,17 @@ def classes_without_images(train: Source) -> str:
     )
 
 
-def _log_unlabeled(source: Source, log: Callable[[str], object]) -> None:
+def _log_left_out(source: Source, log: Callable[[str], object]) -> None:
+    """Print how many rows of a table are not images of their own, and how many images have no label."""
+    if repeated := getattr(getattr(source.dataset, 'reader', None), 'repeated', 0):
+        log(f'{source.split}: {_count(repeated, "row")} that repeat a file and its label are left out')
     if source.unlabeled:
-        log(f'--drop-unlabeled: {source.unlabeled:,} images of {source.split} have no label, {len(source):,} are left')
+        left_out = f'{_count(source.unlabeled, "image")} of {source.split} without a label left out'
+        log(f'--drop-unlabeled: {left_out}, {len(source):,} are left')
+
+
+def _count(n: int, what: str) -> str:
+    return f'{n:,} {what}{"" if n == 1 else "s"}'
 
 
 # ---- which splits there are
