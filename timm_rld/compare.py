@@ -111,8 +111,8 @@ def compare(
         Stopped: after SIGTERM or SIGINT.
     """
     output = Path(output).expanduser()
-    flags = list(flags)
-    config = _check(criteria, seeds, flags)
+    config = _check(criteria, seeds, list(flags))
+    flags = [*flags, *_same_held_out(config)]
     variants = [parse_variant(c) for c in criteria]
     _claim(output, config)
     launch = [*(shlex.split(launcher) or [sys.executable]), '-m', 'train_distill']
@@ -267,6 +267,12 @@ def _check(criteria: Sequence[str], seeds: Sequence[int], flags: list[str]) -> C
         parse_args(['--seed', str(seed)])
     resolve(config)
     return config
+
+
+def _same_held_out(config: Config) -> list[str]:
+    """Return flags that hold the same images out in all runs: the teacher, which is trained once, must not have seen
+    them."""
+    return ['--val-seed', str(config.seed)] if config.val_fraction is not None and config.val_seed is None else []
 
 
 def _claim(output: Path, config: Config) -> None:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import SampleError, UserError
 from ..offline import hub_in_reach
-from .transforms import in_mode
+from .folders import IMAGE_TYPES, FolderReader, TarReader
+from .images import decode as decode_image
+from .images import reason
+from .names import VALIDATION_NAMES, find_named
+from .skip_list import leave_out
+from .table import Table, open_table, read_table
+from .targets import UNLABELED, targets_of
 
 SAMPLE_DIR = Path(__file__).parent / 'sample'
 SAMPLE_NOTE = (
@@ -22,7 +31,6 @@ SAMPLE_NOTE = (
     '(UCI handwritten digits: 1,797 images, 10 classes, CC BY 4.0).'
 )
 STREAMED = ('hfids', 'wds', 'tfds')
-_SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
 
 @dataclass
@@ -37,6 +45,11 @@ class Source:
         streamed: whether it can only be read in order.
         image_mode: PIL mode that images are converted to.
         shards: of `wds/`, files that its readers share out, none of which is read by two.
+        exif: whether images are turned upright by their EXIF orientation.
+        left_out: files of class folders or a tar that are no images of the split: path below its root, reason.
+        unlisted: lines of the `--skip-list` that name no image of the split.
+        part: where the split is a part of the dataset, the places in the dataset of its images; else None.
+        unlabeled: images without a label, which were left out.
     """
 
     dataset: Any
@@ -46,10 +59,81 @@ class Source:
     streamed: bool
     image_mode: str
     shards: int | None = None
+    exif: bool = True
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    unlisted: frozenset[str] = frozenset()
+    part: NDArray[np.int64] | None = field(default=None, compare=False)
+    unlabeled: int = 0
 
     def __len__(self) -> int:
         """Images of the split; of a streamed one, those that one process reads."""
-        return len(self.dataset)
+        return len(self.dataset) if self.part is None else len(self.part)
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64], split: str | None = None) -> Source:
+        """Return a part of this split, with the same classes: the images at some indices, in that order.
+
+        Args:
+            split: its name; None for that of the whole.
+        """
+        assert not self.streamed
+        part = np.asarray(indices, dtype=np.int64)
+        part = part if self.part is None else self.part[part]
+        return dataclasses.replace(self, part=part, split=split or self.split)
+
+    def place(self, index: int) -> int:
+        """Return where in the dataset an image of the split lies."""
+        return int(index) if self.part is None else int(self.part[index])
+
+    @cached_property
+    def targets(self) -> NDArray[np.int64] | None:
+        """Class of each image, known without reading one (-1: unlabelled); None for a stream, and where the dataset
+        does not say."""
+        found = None if self.streamed else targets_of(self.dataset)
+        return found if found is None or self.part is None else found[self.part]
+
+    @property
+    def _samples(self) -> Any:
+        """What a reader of folders or of a tar has of each image, path and class; None of another dataset."""
+        reader = getattr(self.dataset, 'reader', None)
+        return getattr(self.dataset if reader is None else reader, 'samples', None)
+
+    @property
+    def _root(self) -> str:
+        return str(getattr(getattr(self.dataset, 'reader', self.dataset), 'root', ''))
+
+    def files(self) -> list[str] | None:
+        """Return the path of each image; None where the dataset does not consist of files."""
+        samples = self._samples
+        if samples is None or not len(samples) or not isinstance(samples[0][0], str) or os.path.isfile(self._root):
+            return None
+        return [path for path, _ in samples] if self.part is None else [samples[i][0] for i in self.part.tolist()]
+
+    def path(self, index: int) -> Path | None:
+        """Return the file of an image; None where it has none of its own."""
+        place, samples = self.place(index), self._samples
+        if samples is not None and isinstance(samples[place][0], str) and not os.path.isfile(self._root):
+            return Path(samples[place][0])
+        reader: Any = getattr(self.dataset, 'reader', None)
+        columns: Any = getattr(reader, 'dataset', None)
+        if hasattr(columns, 'unique'):
+            row = columns[place][reader.image_key]
+            return Path(row['path']) if row and row['path'] and not row['bytes'] else None
+        return None
+
+    def key(self, index: int) -> str:
+        """Return what stands for an image, whatever others there are: its path below the root of the split, with
+        slashes, or, where it has none, its place in the dataset."""
+        place, samples = self.place(index), self._samples
+        if samples is None:
+            return str(place)
+        name = samples[place][0]
+        if not isinstance(name, str):  # of a tar: the member, and the tars that it lies in
+            return '/'.join(str(getattr(part, 'path', part)) for part in (*samples[place][:0:-1], name) if part)
+        return name.removeprefix(os.path.join(self._root, '')).replace(os.sep, '/')
+
+    def keys(self) -> list[str]:
+        """Return :meth:`key` of each image."""
+        return [self.key(i) for i in range(len(self))]
 
     @property
     def declared(self) -> int | None:
@@ -64,17 +148,21 @@ class Source:
         samples = getattr(reader, 'samples', None)
         columns: Any = getattr(reader, 'dataset', None)
         if samples is not None and len(samples) and isinstance(samples[0][0], str):
-            start = len(str(reader.root))
-            for path, target in samples:
-                digest.update(f'{path[start:]}\0{target}\n'.encode('utf-8', 'surrogateescape'))
-        elif not self.streamed and hasattr(columns, 'unique') and reader.label_key in columns.column_names:
+            root = str(reader.root)
+            for path, target in samples if self.part is None else (samples[i] for i in self.part.tolist()):
+                digest.update(f'{path.removeprefix(root)}\0{target}\n'.encode('utf-8', 'surrogateescape'))
+            return digest.hexdigest()[:12]
+        if not self.streamed and hasattr(columns, 'unique') and reader.label_key in columns.column_names:
             digest.update(repr(list(columns[reader.label_key])).encode())
+        if self.part is not None:
+            digest.update(repr(self.part.tolist()).encode())
         return digest.hexdigest()[:12]
 
     def sample_digest(self, count: int = 32) -> str:
         """A short digest of some images, evenly spaced, as they lie in their files."""
         digest, reader = hashlib.sha256(), getattr(self.dataset, 'reader', None)
         for index in np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist():
+            index = self.place(index)
             try:
                 if reader is None:
                     image = self.dataset[index][0]
@@ -90,7 +178,8 @@ class Source:
         """Decode one image. timm's own `__getitem__` would put the next image in the place of a broken one.
 
         Args:
-            decode: what to make of the image while its file is open; by default it is decoded into ``image_mode``.
+            decode: what to make of the image while its file is open; by default it is decoded into ``image_mode``,
+                upright where ``exif`` says so.
 
         Returns:
             The image, or what ``decode`` made of it, and its class.
@@ -98,28 +187,121 @@ class Source:
         Raises:
             SampleError: where it cannot be read, naming the file or index.
         """
+        index = self.place(index)
         reader: Any = getattr(self.dataset, 'reader', None)
         try:
             if reader is None:  # a torchvision dataset
                 image, target = self.dataset[index]
-                image = in_mode(image, self.image_mode)
-                return (decode(image) if decode else image), int(target)
+                with image:
+                    return self._decoded(image, decode), int(target)
             file, target = reader[index]
             with file, Image.open(file) as image:
-                return (decode(image) if decode else in_mode(image, self.image_mode)), int(target)
+                return self._decoded(image, decode), int(target)
         except Exception as e:
             try:
                 name = reader.filename(index, absolute=True)
             except Exception:
                 name = None
             where = f' ({name})' if name else ''
-            why = f'{type(e).__name__}: {e}'
-            if hasattr(getattr(reader, 'dataset', None), 'unique') and not _has_image(reader)[index].as_py():
-                why = f'row {index} of the column {reader.image_key!r} is null'
-            raise SampleError(f'image {index}{where} of split {self.split!r} cannot be read: {why}') from e
+            raise SampleError(
+                f'image {index}{where} of split {self.split!r} cannot be read: {self.why(index, e)}'
+            ) from e
+
+    def null_images(self) -> set[int]:
+        """Return the images of a table of `hfds/` that are null, without reading any."""
+        reader: Any = getattr(self.dataset, 'reader', None)
+        if self.streamed or not hasattr(getattr(reader, 'dataset', None), 'unique'):
+            return set()
+        null = ~np.asarray(_has_image(reader))
+        return set(np.flatnonzero(null if self.part is None else null[self.part]).tolist())
+
+    def why(self, place: int, error: Exception) -> str:
+        """Return why the image at a place of the dataset cannot be read, in words."""
+        reader: Any = getattr(self.dataset, 'reader', None)
+        if hasattr(getattr(reader, 'dataset', None), 'unique') and not _has_image(reader)[place].as_py():
+            return f'row {place} of the column {reader.image_key!r} is null'
+        return reason(error)
+
+    def _decoded(self, image: Any, decode: Callable[[Image.Image], Image.Image] | None) -> Image.Image:
+        return decode(image) if decode else decode_image(image, self.image_mode, self.exif)
 
 
 def open_split(
+    dataset: str | None,
+    split: str,
+    *,
+    flag: str,
+    labels: str | Table | None = None,
+    drop_unlabeled: bool = False,
+    no_exif: bool = False,
+    skip_list: str | None = None,
+    **kwargs: Any,
+) -> Source:
+    """Open one split of a dataset or of a table of labels, checking all that can be checked before a run.
+
+    Args:
+        dataset, split, flag, **kwargs: see :func:`open_dataset`.
+        labels: a table of paths and labels (:func:`read_table`), in place of a dataset.
+        drop_unlabeled: leave out images without a label; else they are an error.
+        no_exif: leave images as they are stored, whatever their EXIF orientation.
+        skip_list: a file that names images to leave out, see :func:`leave_out`.
+
+    Returns:
+        The split.
+
+    Raises:
+        UserError: as :func:`open_dataset`; also for images without a label, and for a table that does not fit.
+    """
+    if labels is None:
+        source = open_dataset(dataset, split, flag=flag, **kwargs)
+    else:
+        if dataset is not None:
+            raise UserError(f'--labels with --dataset {dataset}: name one of the two')
+        source = _open_labels(labels, split, flag=flag, **kwargs)
+    source.exif = not no_exif
+    source = leave_out(source, skip_list, kwargs.get('data_dir'))
+    if drop_unlabeled and source.streamed:
+        raise UserError(f'--drop-unlabeled: {dataset} is streamed, and its labels are not known before they are read')
+    targets = source.targets
+    if targets is None or not (without := int((targets == UNLABELED).sum())):
+        return source
+    if without == len(targets):
+        raise UserError(f'{flag} {source.split}: no image has a label (all are None or -1); name another split')
+    if not drop_unlabeled:
+        raise UserError(
+            f'{flag} {source.split}: {without:,} of {len(targets):,} images have no label (None or -1); '
+            '--drop-unlabeled leaves them out'
+        )
+    source = source.subset(np.flatnonzero(targets != UNLABELED))
+    source.unlabeled = without
+    return source
+
+
+def _open_labels(
+    labels: str | Table,
+    split: str,
+    *,
+    flag: str,
+    data_dir: str | None = None,
+    class_map: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    **_: Any,  # of other datasets
+) -> Source:
+    """Open one split of a table of labels."""
+    table = labels if isinstance(labels, Table) else read_table(labels, data_dir, input_key, target_key)
+    names = None if class_map is None else _read_class_map(class_map, table.root)
+    dataset, count = open_table(table, split, flag, names)
+    class_names = list(dataset.reader.class_to_idx) or None
+    source = Source(dataset, split, count, class_names, False, {1: 'L', 3: 'RGB'}[in_chans])
+    _check_number(source, f'--labels {table.name}', num_classes)
+    _check_split(source, f'--labels {table.name}', flag)
+    return source
+
+
+def open_dataset(
     dataset: str | None,
     split: str,
     *,
@@ -136,12 +318,12 @@ def open_split(
     seed: int = 42,
     dataset_download: bool = False,
 ) -> Source:
-    """Open one split of a dataset, checking all that can be checked before a run.
+    """Open one split of a dataset; images without a label are in it.
 
     Args:
         dataset: timm's dataset name (`hfds/…`, `hfids/…`, `wds/…`, `torch/…`); None for folders or tars in
             ``data_dir``, or the sample if that is None too.
-        split: the split's name.
+        split: the split's name; `.` for ``data_dir`` itself, where the class folders lie right in it.
         flag: the flag that named the split, for messages.
         num_classes: where the dataset does not give it.
 
@@ -156,23 +338,21 @@ def open_split(
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     kind, rest = _kind_of(dataset, data_dir)
     image_mode = {1: 'L', 3: 'RGB'}[in_chans]
-    kwargs: dict[str, Any] = dict(class_map=class_map, input_key=input_key, input_img_mode=image_mode)
-    if kind:
-        kwargs['target_key'] = target_key
+    kwargs: dict[str, Any] = dict(class_map=class_map, input_key=input_key, target_key=target_key)
     if kind in ('torch', 'hfids', 'tfds'):
         kwargs['download'] = dataset_download
     if kind == 'torch':
         kwargs = dict(download=dataset_download)
     if kind in STREAMED:
         kwargs.update(is_training=is_training, batch_size=batch_size, seed=seed, num_samples=num_samples)
+        kwargs.update(input_img_mode=image_mode if kind == 'tfds' else '')  # those of others are converted here
     name, root = dataset or '', data_dir
-    if not kind or (kind == 'torch' and rest.lower() in ('folder', 'image_folder')):
-        assert data_dir is not None  # _kind_of() sees to it
+    of_folders = not kind or (kind == 'torch' and rest.lower() in ('folder', 'image_folder'))
+    if of_folders and data_dir is not None:  # _kind_of() sees to it
         root = _find_split(data_dir, split, flag)
-        kwargs['search_split'] = False
     if class_map is not None:
         names = _read_class_map(class_map, root)
-        if not kind:  # as the system names the folders
+        if of_folders:  # as the system names them
             kwargs['class_map'] = {os.fsdecode(name.encode()): i for i, name in enumerate(names)}
     if kind in ('hfds', 'hfids'):
         _quiet_datasets()
@@ -182,26 +362,57 @@ def open_split(
         else:
             hub_in_reach()
 
-    from timm.data import create_dataset
-
     try:
-        made = create_dataset(name, root=root, split=split, **kwargs)
+        made = _create(name, root, split, kind, of_folders, kwargs)
+    except UserError:
+        raise
     except Exception as e:
         raise _explain(e, kind, rest, root, split, flag, dataset_download) from e
     source = Source(made, split, 0, None, kind in STREAMED, image_mode)
+    source.left_out = list(getattr(getattr(made, 'reader', None), 'left_out', ()))
     if kind == 'wds':
         source.shards = _check_shards(made.reader, split, flag)
     _read_classes(source, str(dataset or data_dir), flag, target_key or 'label', num_classes)
     _check_split(source, str(dataset or data_dir), flag)
     if kind == 'hfds':
-        try:
-            source.read(_has_image(made.reader).index(True).as_py())  # a null is reported when it is read
-        except SampleError as e:
-            raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
+        _check_image_column(source, input_key or 'image')
     return source
 
 
+def _check_image_column(source: Source, input_key: str) -> None:
+    """Raise UserError where none of the first images can be read; a single one, or a null, is reported later."""
+    error = None
+    for index in _whole_rows(source)[:5].tolist():
+        try:
+            source.read(index)
+            return
+        except SampleError as e:
+            error = error or e
+    if error is not None:
+        raise UserError(f'{error}; is --input-key {input_key} the image column?') from error
+
+
+def _create(name: str, root: str | None, split: str, kind: str, of_folders: bool, kwargs: dict[str, Any]) -> Any:
+    """timm's dataset, of class folders and tars over readers of ours."""
+    from timm.data import ImageDataset, create_dataset
+
+    if of_folders:
+        assert root is not None
+        of_tar, classes = os.path.isfile(root), kwargs.get('class_map')
+        reader = TarReader(root, classes) if of_tar else FolderReader(root, classes, first_level=kind == 'torch')
+        return ImageDataset(root, reader=reader)
+    if kind == 'wds' and kwargs['input_key'] is None:
+        kwargs['input_key'] = ';'.join(ending[1:] for ending in IMAGE_TYPES)
+    made = create_dataset(name, root=root, split=split, **kwargs)
+    if hasattr(made, 'loader'):  # torchvision's own would lose what is transparent
+        made.loader = Image.open
+    return made
+
+
 def _check_split(source: Source, name: str, flag: str) -> None:
+    if getattr(source.dataset, 'train', None) is False and source.split not in VALIDATION_NAMES:
+        # timm opens the test images of torch/ for any name but that of the training split
+        raise UserError(f'{flag} {source.split}: no such split in {name} (there: train, validation)')
     if not source.streamed and not len(source):
         raise UserError(f'{flag} {source.split}: holds no images')
     if source.num_classes < 2:
@@ -225,57 +436,6 @@ def _kind_of(dataset: str | None, data_dir: str | None) -> tuple[str, str]:
     return kind, rest
 
 
-def open_splits(
-    dataset: str | None,
-    train_split: str,
-    val_split: str,
-    *,
-    train_num_samples: int | None = None,
-    val_num_samples: int | None = None,
-    batch_size: int = 1,
-    validation_batch_size: int = 1,
-    **kwargs: Any,
-) -> tuple[Source, Source]:
-    """Open the training and the validation split of a dataset; arguments as :func:`open_split`.
-
-    Returns:
-        The two splits.
-
-    Raises:
-        UserError: also where the two do not have the same classes.
-    """
-    train = open_split(
-        dataset, train_split, flag='--train-split', is_training=True, num_samples=train_num_samples,
-        batch_size=batch_size, **kwargs,
-    )  # fmt: skip
-    val = open_split(
-        dataset, val_split, flag='--val-split', num_samples=val_num_samples, batch_size=validation_batch_size, **kwargs
-    )
-    check_same_classes(train, val)
-    return train, val
-
-
-def check_same_classes(train: Source, val: Source) -> None:
-    """Raise UserError unless both splits have the same classes in the same order, naming the first differences."""
-    a, b = train.class_names, val.class_names
-    if a is not None and b is not None and a != b:
-        if missing := [repr(x) for x in a if x not in b]:
-            what = f'{", ".join(missing[:5])} only in {train.split!r}'
-        elif missing := [repr(x) for x in b if x not in a]:
-            what = f'{", ".join(missing[:5])} only in {val.split!r}'
-        else:
-            i = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-            what = f'class {i} is {a[i]!r} in {train.split!r}, {b[i]!r} in {val.split!r}'
-        raise UserError(
-            f'--train-split {train.split} and --val-split {val.split} have different classes: {what}. '
-            'A --class-map FILE (a name a line) gives both the same list.'
-        )
-    if val.num_classes > train.num_classes:
-        raise UserError(
-            f'--train-split {train.split} has {train.num_classes} classes, --val-split {val.split} {val.num_classes}'
-        )
-
-
 def _quiet_datasets() -> None:
     """Spare a run the progress bars of reading its own cache."""
     import datasets
@@ -288,12 +448,14 @@ def _find_split(root: str, split: str, flag: str) -> str:
     and train and validate on the same images."""
     if os.path.isfile(root):
         raise UserError(f'--data-dir {root}: one file holds one split; name a folder with train.tar and validation.tar')
-    names = next((s for s in _SPLIT_SYNONYMS if split in s), ())
-    for name in (split, *names):
-        for candidate in (os.path.join(root, name), os.path.join(root, name + '.tar')):
-            if os.path.exists(candidate) and not os.path.samefile(candidate, root):
-                return candidate
-    there = sorted(p.name.removesuffix('.tar') for p in Path(root).iterdir() if p.is_dir() or p.suffix == '.tar')
+    if split == '.':
+        return root
+    paths = {p.name: p for p in Path(root).iterdir() if p.is_dir() or p.suffix == '.tar'}
+    there = sorted({name.removesuffix('.tar') for name in paths})
+    if split and (found := find_named(there, split)):
+        candidate = str(paths.get(found) or paths[f'{found}.tar'])
+        if not os.path.samefile(candidate, root):
+            return candidate
     listed = ', '.join(there[:8]) + (', …' if len(there) > 8 else '') if there else 'no folder at all'
     raise UserError(f'{flag} {split!r}: no such folder in --data-dir {root} (there: {listed})')
 
@@ -308,22 +470,6 @@ def _read_class_map(path: str, root: str | None) -> list[str]:
         if not name or name in names[:i]:
             raise UserError(f'--class-map {path}: line {i + 1} is {"written twice" if name else "blank"}')
     return names
-
-
-def _check_folders(reader: Any, name: str) -> None:
-    """timm names a class by its leaf folder, merges those of one name, and leaves out those not in a class map."""
-    folders: dict[str, str] = {}
-    for folder in sorted({os.path.dirname(path) for path, _ in reader.samples}):
-        leaf = os.path.basename(folder)
-        if leaf in folders:
-            raise UserError(
-                f'--data-dir {name}: {folders[leaf]} and {folder} would be one class, {leaf!r}; '
-                'put the images of a class right into one folder of its name'
-            )
-        folders[leaf] = folder
-    there = {p.name for p in Path(reader.root).iterdir() if p.is_dir() and any(f.is_file() for f in p.iterdir())}
-    if left_out := sorted(there - set(reader.class_to_idx)):
-        raise UserError(f'--class-map: no line for the class {", ".join(map(repr, left_out[:5]))} of {reader.root}')
 
 
 def _check_shards(reader: Any, split: str, flag: str) -> int:
@@ -393,6 +539,12 @@ def _has_image(reader: Any) -> Any:
     return pc.or_(*(pc.is_valid(pc.struct_field(column, part)) for part in ('bytes', 'path')))
 
 
+def _whole_rows(source: Source) -> NDArray[np.int64]:
+    """The rows of a table of `hfds/` that have both an image and a label."""
+    assert source.targets is not None
+    return np.flatnonzero(np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED))
+
+
 def _readable(name: str) -> str:
     """A folder's name as text. Where the locale knows ASCII alone, Python gives its bytes in place of other letters."""
     return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
@@ -404,8 +556,6 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
     labels = None
     columns: Any = getattr(reader, 'dataset', None)
-    if hasattr(reader, 'samples') and hasattr(reader, 'class_to_idx'):
-        _check_folders(reader, name)
     if hasattr(columns, 'unique'):
         # timm's reader casts the image column, which adds one of nulls where there is no such column
         no_image = len(columns) > 0 and _has_image(reader).index(True).as_py() < 0
@@ -415,22 +565,11 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
         if target_key not in columns.column_names:
             raise UserError(f'--target-key {target_key}: no such label column in {name} (columns: {shown})')
         try:
-            labels = columns.unique(target_key)
-        except Exception as e:
-            raise UserError(f'--target-key {target_key}: expected one class index a row ({e})') from e
-        if getattr(reader, 'remap_class', False):
-            names = [reader._source_names.get(x, x) for x in labels]
-            if lost := [n for x, n in zip(labels, names) if x not in mapping and n not in mapping]:
-                raise UserError(f'--class-map: no line for the label {", ".join(map(repr, lost[:5]))} of {name}')
-            labels = None
-        elif not all(isinstance(x, (int, np.integer)) for x in labels):
-            odd = next(x for x in labels if not isinstance(x, (int, np.integer)))
-            raise UserError(
-                f'--target-key {target_key}: expected class indices, found {odd!r}; '
-                'give an integer column, or name the classes with --class-map FILE'
-            )
-        if labels and min(labels) < 0:
-            raise UserError(f'{flag} {source.split}: label {min(labels)} found; this split has no labels to use')
+            targets = source.targets
+        except UserError as e:
+            raise UserError(f'{e} of {name}' if '--class-map: no line' in str(e) else str(e)) from e
+        if targets is not None and not getattr(reader, 'remap_class', False):
+            labels = np.unique(targets[targets != UNLABELED]).tolist()
     if mapping:
         source.num_classes = max(mapping.values()) + 1
         by_index = {i: _readable(str(n)) for n, i in mapping.items()}
@@ -439,12 +578,17 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
     elif getattr(source.dataset, 'classes', None):
         source.class_names = [str(c) for c in source.dataset.classes]
         source.num_classes = len(source.class_names)
-    elif labels:
-        source.num_classes = max(labels) + 1
+    elif labels is not None:
+        source.num_classes = max(labels, default=1) + 1  # where none has a label, that is the error
     elif num_classes is None:
         raise UserError(f'{name} does not give its number of classes; give --num-classes N')
     if labels and source.class_names and max(labels) >= source.num_classes:
         raise UserError(f'{flag} {source.split}: label {max(labels)} with {source.num_classes} classes')
+    _check_number(source, name, num_classes)
+
+
+def _check_number(source: Source, name: str, num_classes: int | None) -> None:
+    """Set the number of classes to one that was given, if there can be so many."""
     if num_classes is not None:
         if num_classes < source.num_classes or (source.class_names and num_classes != source.num_classes):
             raise UserError(f'--num-classes {num_classes}: {name} ({source.split}) has {source.num_classes}')
