@@ -48,7 +48,7 @@ def group_losses(
     """
     s, t = student / temperature, teacher / temperature
     leading = t.topk(top_k, dim=1, largest=strategy == 'best').indices
-    parts = [], []
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for z, part in zip((s, t), parts):
         ranked = z.gather(1, leading)
         part += [ranked] if groups == 2 else [ranked[:, :1], ranked[:, 1:]]
