@@ -200,8 +200,10 @@ CRITERIA: dict[str, CriterionInfo] = {
         _row(
             'gdkd', GDKD, "decoupled at the teacher's highest classes: between the groups and inside each",
             'Rethinking Decoupled Knowledge Distillation: A Predictive Distribution Perspective, Zheng, Cheng', 2025,
-            options={'w0': 1.0, 'w1': 1.0, 'w2': 8.0, 'top_k': 5, 'temperature': 4.0}, fitted=('top_k',),
-            warmup_epochs=20,
+            options={
+                'w0': 1.0, 'w1': 1.0, 'w2': 8.0, 'top_k': 5, 'temperature': 4.0,
+                'kl_type': 'forward', 'strategy': 'best', 'groups': 2,
+            }, fitted=('top_k',), warmup_epochs=20,
             imagenet='--distill-kwargs w0=0.5 w1=1 w2=1 temperature=1 --distill-warmup-epochs 1',
         ),
         _row(
