@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ._ops import standardize
 
 
@@ -62,6 +64,13 @@ class DistillLoss(nn.Module):
         where ``needs_target``, else a tensor or None."""
         raise NotImplementedError
 
+    def check_classes(self, classes: int) -> None:
+        """Check options that depend on the number of classes; done at each call too.
+
+        Raises:
+            UsageError: where one does not fit; the message says what does.
+        """
+
     def _check(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
         name = type(self).__name__
         if student.ndim != 2 or not student.is_floating_point() or student.shape[1] < 2 or not student.shape[0]:
@@ -72,6 +81,7 @@ class DistillLoss(nn.Module):
             raise ValueError(
                 f"{name}: expected teacher logits like the student's {_describe(student)}, got {_describe(teacher)}"
             )
+        self.check_classes(student.shape[1])
         if self.needs_target:
             if target is None:
                 raise ValueError(f'{name}: needs the class indices [B] as target, got None')
@@ -103,6 +113,41 @@ def check_weight(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f'{name} must be a finite number of at least 0, got {value!r}')
     return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Return ``value``, or raise ValueError where it is none of ``choices``."""
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f'{name} must be {", ".join(map(str, choices[:-1]))} or {choices[-1]}, got {value!r}')
+    return value
+
+
+def check_top_k(value: int | None, least: int) -> int | None:
+    """Return ``value``, or raise ValueError where it is neither None nor a whole number of at least ``least``."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f'top_k must be a whole number of at least {least}, got {value!r}')
+    return value
+
+
+def fit_top_k(name: str, given: int | None, published: int, least: int, most: int, classes: int) -> int:
+    """Return how many classes to take: those given, else the published number or the nearest from ``least`` to
+    ``most``.
+
+    Args:
+        name: of the criterion, for the message.
+        given, published: None or a number, and the one to take without.
+        least, most: what fits.
+        classes: C.
+
+    Raises:
+        UsageError: where the number given, or any number, does not fit.
+    """
+    if most < least:
+        raise UsageError(f'{name} needs at least {classes + least - most} classes, got {classes}')
+    if given is not None and not least <= given <= most:
+        fits = f'{least} to {most} do' if least < most else f'{least} does'
+        raise UsageError(f'{name}: top_k={given} does not fit {classes} classes; {fits}')
+    return min(max(published if given is None else given, least), most)
 
 
 def _describe(x: Tensor) -> str:

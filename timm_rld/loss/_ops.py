@@ -32,16 +32,16 @@ def kl_rows(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
 
 def without_class(logits: Tensor, index: Tensor) -> Tensor:
-    """Take one class of each row out of a softmax: its logit becomes the lowest finite number, and passes no gradient.
+    """Take classes of each row out of a softmax: their logits become the lowest finite number, and pass no gradient.
 
     Args:
         logits: `[B, C]`.
-        index: int64 `[B]`.
+        index: int64 `[B]`, or `[B, k]` for k classes of each row.
 
     Returns:
         `[B, C]`.
     """
-    return logits.scatter(1, index.unsqueeze(1), torch.finfo(logits.dtype).min)
+    return logits.scatter(1, index if index.ndim == 2 else index.unsqueeze(1), torch.finfo(logits.dtype).min)
 
 
 def one_hot(logits: Tensor, index: Tensor) -> Tensor:

@@ -13,17 +13,24 @@ from typing import Any
 
 from ..errors import UsageError, did_you_mean
 from ._base import DistillLoss
+from .abkd import ABKD
 from .atkd import ATKD
 from .bild import BiLD
 from .ctkd import CTKD
+from .dist import DIST
 from .dkd import DKD
+from .gdkd import GDKD
 from .kd import KD
 from .la import LA
+from .ldrld import LDRLD
 from .lr import LR
 from .mlkd import MLKD
+from .nkd import NKD
 from .normkd import NormKD
+from .pld import PLD
 from .rc import RC
 from .rld import RLD
+from .ttm import TTM
 from .wttm import WTTM
 
 
@@ -38,6 +45,8 @@ class CriterionInfo:
         paper: title, authors, venue.
         year: of publication.
         options: published options, the arguments of ``cls``.
+        fitted: names of options that are left to ``cls`` unless given: it takes the published value, or the nearest
+            one that fits the number of classes.
         task_weight: published weight of the cross-entropy.
         distill_weight: published weight of the distillation term.
         warmup_epochs: N of the published ramp min(epoch / N, 1) of the distillation term, 0 for none.
@@ -51,6 +60,7 @@ class CriterionInfo:
     paper: str
     year: int | None
     options: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    fitted: tuple[str, ...] = ()
     task_weight: float = 1.0
     distill_weight: float = 1.0
     warmup_epochs: int = 0
@@ -141,6 +151,7 @@ CRITERIA: dict[str, CriterionInfo] = {
             'ctkd', CTKD, 'KD at a temperature learned against the student',
             'Curriculum Temperature for Knowledge Distillation, Li et al., AAAI', 2023,
             options={'t_start': 1.0, 't_end': 20.0, 'decay_epochs': 10}, task_weight=0.1, distill_weight=0.9,
+            imagenet='--distill-kwargs decay_epochs=5 --task-loss-weight 1 --distill-loss-weight 1',
         ),
         _row(
             'normkd', NormKD, "KD at a temperature from each row's deviation",
@@ -160,11 +171,58 @@ CRITERIA: dict[str, CriterionInfo] = {
             imagenet='--distill-kwargs gamma=0.8 beta=1.6',
         ),
         _row(
+            'ttm', TTM, "the teacher's probabilities to a power, all samples alike",
+            'Knowledge Distillation Based on Transformed Teacher Matching, Zheng, Yang, ICLR', 2024,
+            options={'gamma': 0.1, 'beta': 1.0}, distill_weight=45.0,
+            not_standardized='its power transform is a temperature of its own',
+        ),
+        _row(
             'bild', BiLD, 'differences of the highest logits, led by teacher and by student',
             'BiLD: Bi-directional Logits Difference Loss for Large Language Model Distillation, Li et al., COLING',
             2025,
             options={'top_k': 8, 'temperature': 3.0}, distill_weight=9.0,
             not_standardized='it compares differences of logits',
+        ),
+        _row(
+            'dist', DIST, 'correlation of probabilities, along classes and along samples',
+            'Knowledge Distillation from A Stronger Teacher, Huang et al., NeurIPS', 2022,
+            options={'beta': 1.0, 'gamma': 1.0, 'temperature': 4.0}, distill_weight=2.0,
+            not_standardized='it standardises the probabilities',
+            imagenet='--distill-kwargs temperature=1',
+        ),
+        _row(
+            'nkd', NKD, 'normalised: soft target + other classes among themselves',
+            'From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and '
+            'Customized Soft Labels, Yang et al., ICCV', 2023,
+            options={'gamma': 3.5, 'temperature': 3.0}, not_standardized='its first term is at temperature 1',
+            imagenet='--distill-kwargs gamma=1.5 temperature=1',
+        ),
+        _row(
+            'gdkd', GDKD, "decoupled at the teacher's highest classes: between the groups and inside each",
+            'Rethinking Decoupled Knowledge Distillation: A Predictive Distribution Perspective, Zheng, Cheng', 2025,
+            options={
+                'w0': 1.0, 'w1': 1.0, 'w2': 8.0, 'top_k': 5, 'temperature': 4.0,
+                'kl_type': 'forward', 'strategy': 'best', 'groups': 2,
+            }, fitted=('top_k',), warmup_epochs=20,
+            imagenet='--distill-kwargs w0=0.5 w1=1 w2=1 temperature=1 --distill-warmup-epochs 1',
+        ),
+        _row(
+            'ldrld', LDRLD, "relations of the student's highest classes in pairs + the other classes",
+            'Local Dense Logit Relations for Enhanced Knowledge Distillation, Xu et al., ICCV', 2025,
+            options={'alpha': 10.5, 'beta': 7.0, 'top_k': 7, 'temperature': 4.0}, fitted=('top_k',),
+        ),
+        _row(
+            'abkd', ABKD, 'α-β-divergence of the softened probabilities',
+            'ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge Distillation via α-β-Divergence, '
+            'Wang et al., ICML', 2025,
+            options={'alpha': 0.8, 'beta': 0.3, 'temperature': 4.0}, distill_weight=32.0,
+            not_standardized='without τ² its weight has another scale',
+        ),
+        _row(
+            'pld', PLD, "the teacher's ranking as a series of choices, the true class first",
+            'PLD: A Choice-Theoretic List-Wise Knowledge Distillation, Bassam, Zhu, Bian, NeurIPS', 2025,
+            options={'temperature': 4.0}, task_weight=0.0, not_standardized='the student is at temperature 1',
+            imagenet='--distill-kwargs temperature=1',
         ),
     )
 }  # fmt: skip
@@ -194,7 +252,9 @@ def choose_criterion(name: str, standardize: bool, options: dict[str, Any]) -> t
     try:
         row = get_criterion(name, standardize)
         row = replace(row, options=MappingProxyType({**row.options, **options}))
-        return row, create_distill_loss(name, **row.options) if row.cls or options else None
+        left = {k for k in row.fitted if k not in options}
+        given = {k: v for k, v in row.options.items() if k not in left}
+        return row, create_distill_loss(name, **given) if row.cls or options else None
     except ValueError as e:
         raise UsageError(f'--distill {name}: {e}') from e
 
@@ -248,7 +308,8 @@ def create_distill_loss(name: str, **options: Any) -> DistillLoss:
     if not isinstance(options.get('standardize', False), bool):
         raise ValueError(f"criterion '{name}': standardize must be true or false, got {options['standardize']!r}")
     try:
-        criterion = row.cls(**{**row.options, **options})
+        published = {k: v for k, v in row.options.items() if k not in row.fitted}
+        criterion = row.cls(**{**published, **options})
     except (TypeError, ValueError) as e:
         raise ValueError(f"criterion '{name}': {e}") from e
     criterion.name = name
