@@ -31,6 +31,7 @@ def setting(
     path: bool | str = False,
     per_run: bool = False,
     belongs_to: str = '',
+    evaluation: bool = False,
 ) -> Any:
     """A row of the table: a field of :class:`Config`.
 
@@ -52,12 +53,13 @@ def setting(
         per_run: chosen for each run of a comparison.
         belongs_to: the setting whose choice this one completes. Where the command line changes that choice, a value
             from a file no longer applies.
+        evaluation: whether `timm-rld evaluate` takes the setting too.
     """
     arguments = dict(entry.partition(':')[::2] for entry in used_by.split())
     metadata = dict(
         group=group, help=help, choices=choices, gt=gt, ge=ge, le=le, lengths=lengths, alias=alias, flag=flag,
         sample=sample, used_by=arguments, logits=logits, resumable=resumable, path=path, per_run=per_run,
-        belongs_to=belongs_to,
+        belongs_to=belongs_to, evaluation=evaluation,
     )  # fmt: skip
     factory = (lambda: dict(default)) if isinstance(default, dict) else None
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
@@ -144,29 +146,29 @@ class Config:
     # data
     dataset: str | None = setting(None, DATA,
         'hfds/NAME_OR_PATH, hfids/NAME (streaming), wds/…, torch/NAME; default: folders in --data-dir',
-        used_by='open_splits', path='prefixed')  # fmt: skip
+        used_by='open_splits', path='prefixed', evaluation=True)  # fmt: skip
     data_dir: str | None = setting(None, DATA, 'root folder (or cache folder of an hfds/, hfids/ --dataset)',
-        used_by='open_splits', path=True)  # fmt: skip
+        used_by='open_splits', path=True, evaluation=True)  # fmt: skip
     train_split: str | None = setting(None, DATA, 'name of the training split (default: train)', sample='train',
         used_by='open_splits')  # fmt: skip
     val_split: str | None = setting(None, DATA, 'name of the validation split (default: validation)', sample='test',
-        used_by='open_splits')  # fmt: skip
+        used_by='open_splits', evaluation=True)  # fmt: skip
     train_num_samples: int | None = setting(None, DATA,
         'number of images of a streamed training split, where the dataset does not give it', gt=0,
         used_by='open_splits')  # fmt: skip
     val_num_samples: int | None = setting(None, DATA,
         'number of images of a streamed validation split, where the dataset does not give it', gt=0,
-        used_by='open_splits')  # fmt: skip
+        used_by='open_splits', evaluation=True)  # fmt: skip
     dataset_download: bool = setting(False, DATA, 'let torch/ and hfids/ datasets download', flag=True,
-        used_by='open_splits', resumable=True)  # fmt: skip
+        used_by='open_splits', resumable=True, evaluation=True)  # fmt: skip
     num_classes: int | None = setting(None, DATA, 'number of classes, where the dataset does not give it', ge=2,
-        used_by='open_splits')  # fmt: skip
+        used_by='open_splits', evaluation=True)  # fmt: skip
     class_map: str | None = setting(None, DATA, 'class-to-index file of the dataset (.txt), as in timm',
-        used_by='open_splits', path=True)  # fmt: skip
+        used_by='open_splits', path=True, evaluation=True)  # fmt: skip
     input_key: str | None = setting(None, DATA, 'image column (default: image)', used_by='open_splits',
-        belongs_to='dataset')  # fmt: skip
+        belongs_to='dataset', evaluation=True)  # fmt: skip
     target_key: str | None = setting(None, DATA, 'label column (default: label)', used_by='open_splits',
-        belongs_to='dataset')  # fmt: skip
+        belongs_to='dataset', evaluation=True)  # fmt: skip
     in_chans: int = setting(3, DATA, 'image channels: 3 (RGB) or 1 (grey)', choices=('1', '3'),
         used_by='open_splits create_student create_teacher')  # fmt: skip
     img_size: int | None = setting(None, DATA, "image size (default: the student's)", gt=0, sample=32,
@@ -186,10 +188,10 @@ class Config:
         used_by='open_splits create_loaders')  # fmt: skip
     workers: int | Literal['auto'] | None = setting(None, DATA,
         "loader processes per training process (default: 4, or the cores if fewer); 'auto': its share of the cores "
-        'but one', ge=0, alias='j', used_by='create_loaders', resumable=True)  # fmt: skip
+        'but one', ge=0, alias='j', used_by='create_loaders', resumable=True, evaluation=True)  # fmt: skip
     jpeg_draft: bool = setting(False, DATA,
         'decode JPEGs at 1/2, 1/4 or 1/8 scale where twice the pixels needed remain; pixels differ by less than one '
-        'grey value on average', flag=True, used_by='create_loaders', logits=True)  # fmt: skip
+        'grey value on average', flag=True, used_by='create_loaders', logits=True, evaluation=True)  # fmt: skip
     seed: int = setting(42, DATA, 'seed of weights, order and augmentation', ge=0, le=2**32 - 1024,
         used_by='open_splits create_loaders Mixup', per_run=True)  # fmt: skip
 
@@ -271,12 +273,13 @@ class Config:
 
     # devices and speed
     mixed_precision: str | None = setting(None, RUN, 'default: that of `accelerate launch`, else no',
-        choices=('no', 'fp16', 'bf16'), used_by='create_accelerator')  # fmt: skip
-    channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)')
+        choices=('no', 'fp16', 'bf16'), used_by='create_accelerator', evaluation=True)  # fmt: skip
+    channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)',
+        evaluation=True)  # fmt: skip
     sync_bn: bool = setting(False, RUN, 'batch norm over all processes (GPUs)', flag=True, used_by='create_accelerator')
     torchcompile: bool = setting(False, RUN, 'compile student, teacher and criterion', flag=True, logits=True)
     cpu_threads: int | None = setting(None, RUN, 'threads of a process on the CPU (default: cores / local processes)',
-        gt=0, used_by='create_accelerator')  # fmt: skip
+        gt=0, used_by='create_accelerator', evaluation=True)  # fmt: skip
 
     # checkpoints and faults
     resume: str | None = setting(None, CKPT,

@@ -145,24 +145,21 @@ class Source:
                 digest.update(b'?')
         return digest.hexdigest()[:12]
 
-    def files(self) -> list[str] | None:
-        """Return the name of each image's file: relative to the split's folder, or as a table or archive has it, '' for
-        an image without one. None where none has one, or they are read as a stream."""
+    def file_names(self) -> list[str] | None:
+        """Return the name of each image's file: :meth:`key`, or of a table the path in it ('' for one without); None
+        where no image has one, or they are read as a stream."""
         if self.streamed:
             return None
         reader: Any = getattr(self.dataset, 'reader', None)
-        holder = self.dataset if reader is None else reader
-        samples, table = getattr(holder, 'samples', None), getattr(reader, 'dataset', None)
-        if samples is not None and len(samples) and isinstance(samples[0][0], str):
-            names = [os.path.relpath(path, holder.root) for path, *_ in samples]
-        elif samples is not None and reader is not None:
-            names = reader.filenames()
-        elif hasattr(table, 'unique') and getattr(table, '_indices', None) is None:
-            paths = (path or '' for path in _paths(reader))
-            names = [os.path.basename(path) if os.path.isabs(path) else path for path in paths]
-        else:
+        samples = getattr(self.dataset if reader is None else reader, 'samples', None)
+        if samples is not None and len(samples):
+            return [_readable(self.key(i)) for i in range(len(self))]
+        table = getattr(reader, 'dataset', None)
+        if not hasattr(table, 'unique') or getattr(table, '_indices', None) is not None:
             return None
-        return [_readable(name) for name in names]
+        paths = [path or '' for path in _paths(reader)]
+        names = [os.path.basename(path) if os.path.isabs(path) else path for path in paths]
+        return [_readable(names[self.place(i)]) for i in range(len(self))]
 
     def read(self, index: int, decode: Callable[[Image.Image], Image.Image] | None = None) -> tuple[Image.Image, int]:
         """Decode one image. timm's own `__getitem__` would put the next image in the place of a broken one.

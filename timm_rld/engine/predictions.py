@@ -126,7 +126,7 @@ def parquet_of(table: Columns, files: Sequence[str] | None) -> bytes:
 
 def write_predictions(path: Path, table: Columns, loader: Loader) -> None:
     """Write predictions.parquet, whole or not at all."""
-    write_atomic(path, parquet_of(table, loader.source.files()))
+    write_atomic(path, parquet_of(table, loader.source.file_names()))
 
 
 def figures(table: Columns, name: str, temperature: float, num_classes: int) -> dict[str, Any]:
