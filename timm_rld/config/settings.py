@@ -324,7 +324,7 @@ class Config:
         resumable=True)  # fmt: skip
     no_speed: bool = setting(False, OUT,
         'do not measure what a batch takes student and teacher, seconds at the end of a run', flag=True,
-        resumable=True)  # fmt: skip
+        resumable=True, evaluation=True)  # fmt: skip
     log_interval: int = setting(50, OUT, 'steps between progress lines', gt=0, resumable=True)
     report_to: tuple[str, ...] = setting((), OUT, 'trackers of Accelerate: tensorboard, wandb, …',
         used_by='create_accelerator', resumable=True)  # fmt: skip
