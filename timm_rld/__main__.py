@@ -92,12 +92,12 @@ def add_inference(verbs: Any) -> None:
     verb.add_argument('--teacher', metavar='NAME', help="a model to compare with, or the run's teacher")
     verb.add_argument('--output', metavar='DIR', help='write predictions, figures of each class and confusion matrix')
     verb.add_argument('--batch-size', '-b', type=int, metavar='N', help="per process (default: the run's, or 128)")
-    verb.set_defaults(run=lambda a: evaluate(a))
+    verb.set_defaults(run=evaluate)
     for name in marked('evaluation'):
         add_setting(verb, name)
     asked = verbs.add_parser(
         'predict', help='the classes of image files', allow_abbrev=False,
-        description='CSV and Parquet: a row an image, file, class_1, prob_1, class_2, …, in the order of the arguments.',
+        description='A row an image, in the order of the arguments: file, class_1, prob_1, class_2, …',
     )  # fmt: skip
     asked.add_argument('model', metavar='RUN_OR_MODEL', help=model)
     asked.add_argument('paths', nargs='+', metavar='PATH', help='image files, and folders of them')
@@ -108,10 +108,10 @@ def add_inference(verbs: Any) -> None:
     asked.add_argument('--output', metavar='FILE', help='default: stdout')
     asked.add_argument('--batch-size', '-b', type=int, default=64, metavar='N', help='default: 64')
     asked.add_argument('--workers', '-j', type=int, metavar='N', help='default: 4, or the cores if fewer')
-    asked.set_defaults(run=lambda a: predict(a))
+    asked.set_defaults(run=predict)
     for both in (verb, asked):
-        both.add_argument('--weights', choices=('last', 'best', 'ema'), default='last',
-                          help='of a run: last epoch, best on the validation split, moving average (default: last)')  # fmt: skip
+        which = 'of a run: last epoch, best on the validation split, moving average (default: last)'
+        both.add_argument('--weights', choices=('last', 'best', 'ema'), default='last', help=which)
         both.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
 
 

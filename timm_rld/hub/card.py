@@ -257,7 +257,7 @@ def size_and_speed(results: dict[str, Any]) -> list[str]:
     models = {name: m for name, m in (results.get('models') or {}).items() if m.get('parameters')}
     if not models:
         return []
-    timed = next((m for m in models.values() if m.get('latency_ms')), {})
+    timed: dict[str, Any] = next((m for m in models.values() if m.get('latency_ms')), {})
     rows = {
         'parameters': [f'{m["parameters"] / 1e6:.2f} M' for m in models.values()],
         'multiply-adds of an image': [f'{(m.get("multiply_adds") or 0) / 1e6:,.1f} M' for m in models.values()],

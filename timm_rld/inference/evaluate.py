@@ -84,7 +84,7 @@ def evaluate_model(
     recorders = _evaluate(pair, loader, outputs, accelerator, config)
     table = gather(recorders, accelerator, val.num_classes, in_order=loader.sampler is None)
     sizes = main_only(accelerator, lambda: describe_size_and_speed(pair, accelerator, config, list(recorders)))
-    found = {
+    found: Evaluation = {
         'model': name, 'weights': weights, 'teacher': config.teacher, 'dataset': config.dataset or config.data_dir,
         'val_split': config.val_split, 'images': len(table['index']), 'classes': val.num_classes,
         'models': {

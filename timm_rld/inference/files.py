@@ -135,7 +135,7 @@ def summary(found: dict[str, Any], table: Table, names: Sequence[str], worst: in
         lines.append('  '.join(cell.ljust(width) for cell, width in zip([key, *cells], widths)).rstrip())
     if 'difference' in found:
         low, high = found['difference_interval']
-        lines.append(f'difference of the two: {found["difference"]:+.2f} ({low:+.2f} to {high:+.2f}, paired)')
+        lines.append(f'the first minus the second: {found["difference"]:+.2f} ({low:+.2f} to {high:+.2f}, paired)')
     accuracy = [row for row in per_class_rows(table, names) if row['images']]
     accuracy.sort(key=lambda row: row['accuracy'])
     shown = (f'{row["class"]} {row["accuracy"]:.1f} ({row["images"]:,} images)' for row in accuracy[:worst])

@@ -88,7 +88,7 @@ class ImageFiles(Source):
             blank = Image.new(self.image_mode, (64, 64))
             return (decode(blank) if decode else blank), -1
 
-    def why(self, index: int) -> str:  # type: ignore[override]
+    def explain(self, index: int) -> str:
         """Return why an image cannot be read, as a line."""
         try:
             super().read(index)
@@ -152,7 +152,7 @@ def predict_files(
             bar.update()
             if row is None:
                 broken.append(index)
-                bar.write(source.why(index), file=sys.stderr)
+                bar.write(source.explain(index), file=sys.stderr)
             elif printer is not None:
                 printer.print(row)
             else:
