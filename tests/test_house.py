@@ -20,6 +20,7 @@ FLOORS = {
     # 1
     'errors': set(),
     'files': set(),
+    'metrics': set(),
     'offline': set(),
     '_timm': set(),
     # 2
@@ -40,6 +41,7 @@ FLOORS = {
     'engine': {
         'errors',
         'files',
+        'metrics',
         'config',
         'distributed',
         'data',
@@ -51,8 +53,20 @@ FLOORS = {
     },
     # 5
     'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
+    'inference': {
+        'errors',
+        'files',
+        'metrics',
+        'config',
+        'distributed',
+        'data',
+        'pairing',
+        'run_folder',
+        'hub',
+        'engine',
+    },
     # 6
-    '__main__': {'errors', 'config', 'loss', 'models', 'run_folder', 'cache', 'hub', 'compare', 'bench'},
+    '__main__': {'errors', 'config', 'loss', 'models', 'run_folder', 'cache', 'hub', 'compare', 'bench', 'inference'},
     # it loads each public name's room when the name is first used
     '__init__': {'models'},
 }

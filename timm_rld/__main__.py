@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from .bench import BENCHMARKS, benchmark
-from .config import FIELDS, Config, Parser, list_recipes
+from .config import FIELDS, Config, Parser, add_setting, checked, list_recipes, marked
 from .errors import UsageError, UserError, run_main
 
 
@@ -59,6 +60,61 @@ def push(args: argparse.Namespace) -> None:
     push_run(args.folder, **{name: getattr(args, name) or value for name, value in settings.items()})
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluate a model on a dataset."""
+    from .inference import evaluate_model
+
+    given = checked({name: getattr(args, name) for name in marked('evaluation') if hasattr(args, name)})
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f'--batch-size {args.batch_size}: must be at least 1')
+    evaluate_model(args.model, given=given, weights=args.weights, teacher=args.teacher, batch_size=args.batch_size,
+                   device=args.device, output=args.output)  # fmt: skip
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Write the classes of image files."""
+    from .inference import predict_files
+
+    predict_files(args.model, args.paths, top_k=args.top_k, format=args.format, output=args.output,
+                  weights=args.weights, device=args.device, batch_size=args.batch_size,
+                  workers=args.workers)  # fmt: skip
+
+
+def add_inference(verbs: Any) -> None:
+    """Add the verbs that use a model."""
+    model = 'a run folder, a model folder, hf-hub:user/model, or a timm name (its published weights)'
+    verb = verbs.add_parser(
+        'evaluate', help='accuracy, calibration and speed of a model on a dataset', allow_abbrev=False,
+        description='A run is evaluated on its own validation split, unless another is given. '
+        '`accelerate launch -m timm_rld evaluate …` uses several GPUs.',
+    )  # fmt: skip
+    verb.add_argument('model', metavar='RUN_OR_MODEL', help=model)
+    verb.add_argument('--teacher', metavar='NAME', help="a model to compare with, or the run's teacher")
+    verb.add_argument('--output', metavar='DIR', help='write predictions, figures of each class and confusion matrix')
+    verb.add_argument('--batch-size', '-b', type=int, metavar='N', help="per process (default: the run's, or 128)")
+    verb.set_defaults(run=evaluate)
+    for name in marked('evaluation'):
+        add_setting(verb, name)
+    asked = verbs.add_parser(
+        'predict', help='the classes of image files', allow_abbrev=False,
+        description='A row an image, in the order of the arguments: file, class_1, prob_1, class_2, …',
+    )  # fmt: skip
+    asked.add_argument('model', metavar='RUN_OR_MODEL', help=model)
+    asked.add_argument('paths', nargs='+', metavar='PATH', help='image files, and folders of them')
+    asked.add_argument('--top-k', type=int, default=5, metavar='N', help='classes of each image (default: 5)')
+    asked.add_argument(
+        '--format', choices=('csv', 'json', 'parquet'), help="default: that of the output's name, or csv"
+    )
+    asked.add_argument('--output', metavar='FILE', help='default: stdout')
+    asked.add_argument('--batch-size', '-b', type=int, default=64, metavar='N', help='default: 64')
+    asked.add_argument('--workers', '-j', type=int, metavar='N', help='default: 4, or the cores if fewer')
+    asked.set_defaults(run=predict)
+    for both in (verb, asked):
+        which = 'of a run: last epoch, best on the validation split, moving average (default: last)'
+        both.add_argument('--weights', choices=('last', 'best', 'ema'), default='last', help=which)
+        both.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
+
+
 def parse(argv: list[str]) -> None:
     """Read the command line, and run its verb."""
     parser = Parser(prog='timm-rld', description='Tools around train_distill.py.', allow_abbrev=False)
@@ -101,6 +157,8 @@ def parse(argv: list[str]) -> None:
     what.add_argument('--teacher-checkpoint', metavar='FILE', help="where the teacher's weights lie now")
     what.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
     what.set_defaults(run=verify_cache)
+
+    add_inference(verbs)
 
     verb = verbs.add_parser('push', help='push a finished run to the Hugging Face Hub', allow_abbrev=False,
                              description='The token comes from HF_TOKEN or `hf auth login`.')  # fmt: skip

@@ -23,6 +23,7 @@ def create_accelerator(
     report_to: Iterable[str] = (),
     sync_bn: bool = False,
     cpu_threads: int | None = None,
+    cpu: bool = False,
 ) -> Accelerator:
     """Start Accelerate as `accelerate launch` asked for, and set torch's threads on the CPU.
 
@@ -31,6 +32,7 @@ def create_accelerator(
         report_to: trackers of Accelerate.
         sync_bn: whether batch norm is to be shared by the processes.
         cpu_threads: of this process on a CPU; None for its share of the cores.
+        cpu: stay on the CPU where there is a GPU too.
 
     Returns:
         The accelerator.
@@ -44,6 +46,7 @@ def create_accelerator(
     _check_trackers(report_to)
     try:
         accelerator = Accelerator(
+            cpu=cpu,
             mixed_precision=mixed_precision,
             # fit() divides by the group's true size itself: Accelerate divides the last, smaller group by the full one
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

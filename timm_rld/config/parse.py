@@ -234,27 +234,49 @@ def _parser(prog: str, epilog: str, settings: type[Config]) -> Parser:
     fields = dataclasses.fields(settings)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(f.metadata['group'] for f in fields)}
     for f in fields:
-        name, meta = f.name, f.metadata
-        group = groups[meta['group']]
-        flags = [flag_of(name)] + ([f'-{meta["alias"]}'] if meta['alias'] else [])
-        want, _, _ = _type_of(name, settings)  # type: ignore[arg-type]
-        help = meta['help']
-        if f.default not in (None, dataclasses.MISSING, ()) and want is not bool:
-            shown = ' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            help += f' (default: {shown})'
-        if want is bool:
-            action = 'store_true' if meta['flag'] else argparse.BooleanOptionalAction
-            group.add_argument(*flags, action=action, help=help)
-        elif want is dict:
-            group.add_argument(*flags, nargs='*', metavar='NAME=VALUE', help=help)
-        elif typing.get_origin(want) is tuple:
-            group.add_argument(*flags, nargs='*' if f.default == () else '+', metavar='X', help=help)
-        else:
-            text = 'PATH' if meta['path'] is True else 'NAME'
-            value = {int: 'N', float: 'X'}.get(want, text)
-            metavar = '{' + ','.join(meta['choices']) + '}' if meta['choices'] else value
-            group.add_argument(*flags, metavar=metavar, help=help)
+        add_setting(groups[f.metadata['group']], f.name, settings)
     return parser
+
+
+def add_setting(group: Any, name: str, settings: type[Config] = Config) -> None:
+    """Add the flag of a setting to an argparse parser or group. Its value is a text: :func:`checked` converts it."""
+    f = settings.__dataclass_fields__[name]
+    meta = f.metadata
+    flags = [flag_of(name)] + ([f'-{meta["alias"]}'] if meta['alias'] else [])
+    want, _, _ = _type_of(name, settings)  # type: ignore[arg-type]
+    help = meta['help']
+    if f.default not in (None, dataclasses.MISSING, ()) and want is not bool:
+        shown = ' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        help += f' (default: {shown})'
+    if want is bool:
+        action = 'store_true' if meta['flag'] else argparse.BooleanOptionalAction
+        group.add_argument(*flags, action=action, help=help, default=argparse.SUPPRESS)
+        return
+    kwargs: dict[str, Any] = dict(help=help, default=argparse.SUPPRESS)
+    if want is dict:
+        group.add_argument(*flags, nargs='*', metavar='NAME=VALUE', **kwargs)
+    elif typing.get_origin(want) is tuple:
+        group.add_argument(*flags, nargs='*' if f.default == () else '+', metavar='X', **kwargs)
+    else:
+        text = 'PATH' if meta['path'] is True else 'NAME'
+        value = {int: 'N', float: 'X'}.get(want, text)
+        metavar = '{' + ','.join(meta['choices']) + '}' if meta['choices'] else value
+        group.add_argument(*flags, metavar=metavar, **kwargs)
+
+
+def checked(given: dict[str, Any], settings: type[Config] = Config) -> dict[str, Any]:
+    """Return what argparse read of settings' flags, converted.
+
+    Raises:
+        UsageError: for a value that is none of the setting.
+    """
+    values = {}
+    for name, value in given.items():
+        try:
+            values[name] = _check_value(name, value, settings)
+        except ValueError as e:
+            raise UsageError(f'{flag_of(name)}: {e}') from None
+    return values
 
 
 def parse_args(
@@ -285,12 +307,7 @@ def parse_args(
         if first.startswith('-'):
             raise UsageError(f'unknown flag {first}{did_you_mean(first, flags, 1)}; --help lists them')
         raise UsageError(f"unexpected '{first}'; every value needs a flag before it, --help lists them")
-    values = {}
-    for name, value in given.items():
-        try:
-            values[name] = _check_value(name, value, settings)
-        except ValueError as e:
-            raise UsageError(f'{flag_of(name)}: {e}') from None
+    values = checked(given, settings)
     if (resume := values.get('resume', from_file.get('resume'))) not in (None, 'auto'):
         if from_file:
             raise UsageError(f'--resume {resume}: a run is resumed with its own settings; leave --config out')

@@ -31,6 +31,7 @@ def setting(
     path: bool | str = False,
     per_run: bool = False,
     belongs_to: str = '',
+    evaluation: bool = False,
 ) -> Any:
     """A row of the table: a field of :class:`Config`.
 
@@ -52,12 +53,13 @@ def setting(
         per_run: chosen for each run of a comparison.
         belongs_to: the setting whose choice this one completes. Where the command line changes that choice, a value
             from a file no longer applies.
+        evaluation: whether `timm-rld evaluate` takes the setting too.
     """
     arguments = dict(entry.partition(':')[::2] for entry in used_by.split())
     metadata = dict(
         group=group, help=help, choices=choices, gt=gt, ge=ge, le=le, lengths=lengths, alias=alias, flag=flag,
         sample=sample, used_by=arguments, logits=logits, resumable=resumable, path=path, per_run=per_run,
-        belongs_to=belongs_to,
+        belongs_to=belongs_to, evaluation=evaluation,
     )  # fmt: skip
     factory = (lambda: dict(default)) if isinstance(default, dict) else None
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
@@ -144,14 +146,14 @@ class Config:
     # data
     dataset: str | None = setting(None, DATA,
         'hfds/NAME_OR_PATH, hfids/NAME (streaming), wds/…, torch/NAME; default: folders in --data-dir',
-        used_by='open_splits', path='prefixed')  # fmt: skip
+        used_by='open_splits', path='prefixed', evaluation=True)  # fmt: skip
     data_dir: str | None = setting(None, DATA, 'root folder (or cache folder of an hfds/, hfids/ --dataset)',
-        used_by='open_splits', path=True)  # fmt: skip
+        used_by='open_splits', path=True, evaluation=True)  # fmt: skip
     train_split: str | None = setting(None, DATA, 'name of the training split (default: train, training)',
         sample='train', used_by='open_splits')  # fmt: skip
     val_split: str | None = setting(None, DATA,
         'name of the validation split (default: the first there is of validation, val, valid, dev, test)',
-        sample='test', used_by='open_splits', belongs_to='val_fraction')  # fmt: skip
+        sample='test', used_by='open_splits', belongs_to='val_fraction', evaluation=True)  # fmt: skip
     val_fraction: float | None = setting(None, DATA,
         'validate on this part of the training split, the same of each class, and train on the rest', gt=0, le=0.99,
         used_by='open_splits')  # fmt: skip
@@ -159,27 +161,27 @@ class Config:
         used_by='open_splits')  # fmt: skip
     labels: str | None = setting(None, DATA,
         'table with a row for each image, .csv or .parquet: path, label, split; in place of class folders',
-        used_by='open_splits', path=True)  # fmt: skip
+        used_by='open_splits', path=True, evaluation=True)  # fmt: skip
     drop_unlabeled: bool = setting(False, DATA, 'leave out images whose label is missing (None or -1)', flag=True,
-        used_by='open_splits')  # fmt: skip
+        used_by='open_splits', evaluation=True)  # fmt: skip
     train_num_samples: int | None = setting(None, DATA,
         'number of images of a streamed training split, where the dataset does not give it', gt=0,
         used_by='open_splits')  # fmt: skip
     val_num_samples: int | None = setting(None, DATA,
         'number of images of a streamed validation split, where the dataset does not give it', gt=0,
-        used_by='open_splits')  # fmt: skip
+        used_by='open_splits', evaluation=True)  # fmt: skip
     dataset_download: bool = setting(False, DATA, 'let torch/ and hfids/ datasets download', flag=True,
-        used_by='open_splits', resumable=True)  # fmt: skip
+        used_by='open_splits', resumable=True, evaluation=True)  # fmt: skip
     num_classes: int | None = setting(None, DATA, 'number of classes, where the dataset does not give it', ge=2,
-        used_by='open_splits')  # fmt: skip
+        used_by='open_splits', evaluation=True)  # fmt: skip
     class_map: str | None = setting(None, DATA, 'class-to-index file of the dataset (.txt), as in timm',
-        used_by='open_splits', path=True)  # fmt: skip
+        used_by='open_splits', path=True, evaluation=True)  # fmt: skip
     input_key: str | None = setting(None, DATA,
         'image column (default: image); of --labels, the column with the paths (default: path, file, image, …)',
-        used_by='open_splits', belongs_to='dataset')  # fmt: skip
+        used_by='open_splits', belongs_to='dataset', evaluation=True)  # fmt: skip
     target_key: str | None = setting(None, DATA,
         'label column (default: label); of --labels (default: label, class, target, …)', used_by='open_splits',
-        belongs_to='dataset')  # fmt: skip
+        belongs_to='dataset', evaluation=True)  # fmt: skip
     in_chans: int = setting(3, DATA, 'image channels: 3 (RGB) or 1 (grey)', choices=('1', '3'),
         used_by='open_splits create_student create_teacher')  # fmt: skip
     img_size: int | None = setting(None, DATA, "image size (default: the student's)", gt=0, sample=32,
@@ -199,16 +201,16 @@ class Config:
         used_by='open_splits create_loaders')  # fmt: skip
     workers: int | Literal['auto'] | None = setting(None, DATA,
         "loader processes per training process (default: 4, or the cores if fewer); 'auto': its share of the cores "
-        'but one', ge=0, alias='j', used_by='create_loaders', resumable=True)  # fmt: skip
+        'but one', ge=0, alias='j', used_by='create_loaders', resumable=True, evaluation=True)  # fmt: skip
     jpeg_draft: bool = setting(False, DATA,
         'decode JPEGs at 1/2, 1/4 or 1/8 scale where twice the pixels needed remain; pixels differ by less than one '
-        'grey value on average', flag=True, used_by='create_loaders', logits=True)  # fmt: skip
+        'grey value on average', flag=True, used_by='create_loaders', logits=True, evaluation=True)  # fmt: skip
     no_exif: bool = setting(False, DATA,
         'leave photographs as they are stored, as timm does, whatever orientation their EXIF data gives', flag=True,
-        used_by='open_splits', logits=True)  # fmt: skip
+        used_by='open_splits', logits=True, evaluation=True)  # fmt: skip
     skip_list: str | None = setting(None, DATA,
         'file with images to leave out of training and validation, a path a line (below --data-dir, or absolute)',
-        used_by='open_splits', resumable=True, path=True)  # fmt: skip
+        used_by='open_splits', resumable=True, path=True, evaluation=True)  # fmt: skip
     seed: int = setting(42, DATA, 'seed of weights, order and augmentation', ge=0, le=2**32 - 1024,
         used_by='open_splits create_loaders Mixup', per_run=True)  # fmt: skip
 
@@ -290,12 +292,13 @@ class Config:
 
     # devices and speed
     mixed_precision: str | None = setting(None, RUN, 'default: that of `accelerate launch`, else no',
-        choices=('no', 'fp16', 'bf16'), used_by='create_accelerator')  # fmt: skip
-    channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)')
+        choices=('no', 'fp16', 'bf16'), used_by='create_accelerator', evaluation=True)  # fmt: skip
+    channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)',
+        evaluation=True)  # fmt: skip
     sync_bn: bool = setting(False, RUN, 'batch norm over all processes (GPUs)', flag=True, used_by='create_accelerator')
     torchcompile: bool = setting(False, RUN, 'compile student, teacher and criterion', flag=True, logits=True)
     cpu_threads: int | None = setting(None, RUN, 'threads of a process on the CPU (default: cores / local processes)',
-        gt=0, used_by='create_accelerator')  # fmt: skip
+        gt=0, used_by='create_accelerator', evaluation=True)  # fmt: skip
 
     # checkpoints and faults
     resume: str | None = setting(None, CKPT,
@@ -335,6 +338,12 @@ class Config:
         per_run=True)  # fmt: skip
     experiment: str | None = setting(None, OUT, 'name of the run folder (default: <time>-<student>-<distill>)',
         resumable=True, path=True, per_run=True)  # fmt: skip
+    no_predictions: bool = setting(False, OUT,
+        'do not write predictions.parquet: what student and teacher say of each validation image', flag=True,
+        resumable=True)  # fmt: skip
+    no_speed: bool = setting(False, OUT,
+        'do not measure what a batch takes student and teacher, seconds at the end of a run', flag=True,
+        resumable=True, evaluation=True)  # fmt: skip
     log_interval: int = setting(50, OUT, 'steps between progress lines', gt=0, resumable=True)
     report_to: tuple[str, ...] = setting((), OUT, 'trackers of Accelerate: tensorboard, wandb, …',
         used_by='create_accelerator', resumable=True)  # fmt: skip

@@ -174,6 +174,22 @@ class Source:
                 digest.update(b'?')
         return digest.hexdigest()[:12]
 
+    def file_names(self) -> list[str] | None:
+        """Return the name of each image's file: :meth:`key`, or of a table the path in it ('' for one without); None
+        where no image has one, or they are read as a stream."""
+        if self.streamed:
+            return None
+        reader: Any = getattr(self.dataset, 'reader', None)
+        samples = getattr(self.dataset if reader is None else reader, 'samples', None)
+        if samples is not None and len(samples):
+            return [_readable(self.key(i)) for i in range(len(self))]
+        table = getattr(reader, 'dataset', None)
+        if not hasattr(table, 'unique') or getattr(table, '_indices', None) is not None:
+            return None
+        paths = [path or '' for path in _paths(reader)]
+        names = [os.path.basename(path) if os.path.isabs(path) else path for path in paths]
+        return [_readable(names[self.place(i)]) for i in range(len(self))]
+
     def read(self, index: int, decode: Callable[[Image.Image], Image.Image] | None = None) -> tuple[Image.Image, int]:
         """Decode one image. timm's own `__getitem__` would put the next image in the place of a broken one.
 
@@ -543,6 +559,13 @@ def _whole_rows(source: Source) -> NDArray[np.int64]:
     """The rows of a table of `hfds/` that have both an image and a label."""
     assert source.targets is not None
     return np.flatnonzero(np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED))
+
+
+def _paths(reader: Any) -> list[str | None]:
+    """The path that a table of `hfds/` has of each image, without reading any."""
+    import pyarrow.compute as pc
+
+    return pc.struct_field(reader.dataset.data.column(reader.image_key), 'path').to_pylist()
 
 
 def _readable(name: str) -> str:

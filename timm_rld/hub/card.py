@@ -232,7 +232,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     split = _code(settings['val_split'] if not part else settings['train_split'])
     lines += ['## Figures', '', f'On {part}the split {split} of {dataset}, each image counted once.', '',
               '| | |', '| --- | --- |', *(f'| {a} | {b} |' for a, b in rows), '',
-              f'The weights here are {which}.', '']  # fmt: skip
+              f'The weights here are {which}.', '', *size_and_speed(results)]  # fmt: skip
     if has_curve:
         lines += ['![Loss and accuracy over the epochs](curve.png)', '']
     lines += ['## How it was made', '']
@@ -254,10 +254,37 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         'all settings: `args.yaml`; figures of each epoch: `summary.csv`',
         f'- Versions: {", ".join(f"{k} {v}" for k, v in results["versions"].items())}',
         '', f'{_fence(command, 3)}bash', command, _fence(command, 3), '',
-        'Not measured: other seeds and datasets, robustness to images unlike those of this split, speed, calibration.',
+        'Not measured: other seeds and datasets, robustness to images unlike those of this split.',
         '', '## Cite', '', _CITATIONS, '', END,
     ]  # fmt: skip
     return '\n'.join(lines)
+
+
+def size_and_speed(results: dict[str, Any]) -> list[str]:
+    """Return a table of the two networks' size, speed and calibration, from results.json; none where it has none."""
+    models = {name: m for name, m in (results.get('models') or {}).items() if m.get('parameters')}
+    if not models:
+        return []
+    timed: dict[str, Any] = next((m for m in models.values() if m.get('latency_ms')), {})
+    rows = {
+        'parameters': [f'{m["parameters"] / 1e6:.2f} M' for m in models.values()],
+        'multiply-adds of an image': [f'{(m.get("multiply_adds") or 0) / 1e6:,.1f} M' for m in models.values()],
+        'weights': [f'{m["weights_mb"]:.1f} MB' for m in models.values()],
+        **{
+            f'a batch of {size}': [
+                f'{m["latency_ms"][size]:.4g} ms' if m.get('latency_ms') else '' for m in models.values()
+            ]
+            for size in timed.get('latency_ms', {})
+        },
+        'expected calibration error': [f'{m["ece"]:.3f}' for m in models.values()],
+        'best temperature': [f'{m["best_temperature"]:.3g}' for m in models.values()],
+    }
+    device = f' A batch: on {_literal(timed["latency_device"])}, batch norms folded.' if timed else ''
+    return [
+        f'| last epoch | {" | ".join(models)} |', '| --- ' * (len(models) + 1) + '|',
+        *(f'| {name} | {" | ".join(cells)} |' for name, cells in rows.items()), '',
+        f'Calibration: on 15 bins of the confidence; the temperature is the one with the lowest loss.{device}', '',
+    ]  # fmt: skip
 
 
 def usage(architecture: str, repo_id: str, in_chans: int = 3) -> list[str]:

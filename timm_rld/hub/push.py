@@ -223,19 +223,22 @@ class BackgroundPush:
                 self.log('note: the push of an earlier epoch has not ended; continuing without it')
 
 
-def find_weights(run: RunFiles, weights: str) -> Path:
+def find_weights(run: RunFiles, weights: str, flag: str = '--hub-weights') -> Path:
     """Return the safetensors file of some weights of a run.
 
     Raises:
-        UserError: where the run does not have them.
+        UserError: where the run does not have them; it names ``flag``.
     """
     folder = run.folder / ('student_ema' if weights == 'ema' else 'student')
     file = folder / 'model.safetensors'
     if weights == 'best' and run.results['best_epoch'] != run.history[-1]['epoch']:
-        file = run.folder / 'checkpoints' / f'student-epoch{run.results["best_epoch"]:04.0f}-end' / 'model.safetensors'
+        file = run.folder / 'student_best' / 'model.safetensors'
+        if not file.is_file():  # of a version that did not write it
+            checkpoint = f'student-epoch{run.results["best_epoch"]:04.0f}-end'
+            file = run.folder / 'checkpoints' / checkpoint / 'model.safetensors'
     if not file.is_file():
         why = {'ema': 'the run had no --model-ema', 'best': 'its checkpoint is gone'}.get(weights, f'no {file}')
-        raise UserError(f'--hub-weights {weights}: {why}; --hub-weights last is there')
+        raise UserError(f'{flag} {weights}: {why}; {flag} last is there')
     return file
 
 

@@ -1,0 +1,182 @@
+"""A model on a validation split: accuracy, calibration, size and speed, figures of each class."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .. import metrics
+from ..config import FIELDS, Config, resolve
+from ..data import Loader, Source, eval_transform, open_splits
+from ..distributed import create_accelerator, main_first, main_only
+from ..engine import (
+    Recorder,
+    describe_size_and_speed,
+    figures,
+    gather,
+    optimize_for_inference,
+    record,
+    wants_channels_last,
+)
+from ..errors import UsageError
+from ..pairing import Pair, Teacher, create_teacher, to_memory_format
+from ..run_folder import versions
+from .files import check_folder, files_of, summary, write_all
+from .model import OpenModel, model_name, open_model, output_of_each_class
+
+Evaluation = dict[str, Any]
+
+
+def evaluate_model(
+    name: str,
+    *,
+    given: dict[str, Any] | None = None,
+    weights: str = 'last',
+    teacher: str | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    output: str | None = None,
+    log: Callable[[str], object] | None = None,
+) -> Evaluation:
+    """Evaluate a model, and a teacher beside it, on the validation split of a dataset; print a summary.
+
+    Both see the same pixels, those of the model's own preprocessing, as in a run.
+
+    Args:
+        name: a run, a model folder, `hf-hub:user/model`, or a timm name.
+        given: settings of the data and the device; those of a run otherwise.
+        weights: of a run: `last`, `best` or `ema`.
+        teacher: a model to compare with, or the teacher of the run.
+        batch_size: per process; None for the run's, or 128.
+        device: `cpu`, `cuda`, or None for a GPU where there is one.
+        output: folder for predictions.parquet, evaluation.json, and per_class and confusion as CSV, Parquet and JSON.
+        log: prints; None: the main process to stdout.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        UserError: a model or dataset that is not there, other classes, an output that cannot be written.
+    """
+    if output is not None:
+        check_folder(Path(output).expanduser())
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise UsageError('--device cuda: torch finds no GPU; use cpu')
+    opened = open_model(name, weights)
+    config = _settings(opened, given or {}, batch_size, teacher)
+    cpu = device == 'cpu' or not torch.cuda.is_available()
+    if cpu and config.mixed_precision == 'fp16' and 'mixed_precision' not in (given or {}):
+        config.mixed_precision = 'no'  # of a run on a GPU
+    accelerator = create_accelerator(cpu=device == 'cpu', **config.arguments_of('create_accelerator'))
+    config.mixed_precision = accelerator.mixed_precision
+    val = main_first(accelerator, lambda: _open_split(opened, config, given or {}))
+    outputs = output_of_each_class(opened, val.class_names, val.num_classes)
+    loader = _loader(opened, val, config, accelerator)
+    pair = Pair(opened.model, None, opened.normalize, opened.data_config)
+    if config.teacher is not None:
+        pair.teacher = main_first(accelerator, lambda: _open_teacher(pair, val, config))
+    recorders = _evaluate(pair, loader, outputs, accelerator, config)
+    table = gather(recorders, accelerator, val.num_classes, in_order=loader.sampler is None)
+    sizes = main_only(accelerator, lambda: describe_size_and_speed(pair, accelerator, config, list(recorders)))
+    found: Evaluation = {
+        'model': name, 'weights': weights, 'teacher': config.teacher, 'dataset': config.dataset or config.data_dir,
+        'val_split': config.val_split, 'images': len(table['index']), 'classes': val.num_classes,
+        'models': {
+            who: {**sizes[who], **figures(table, who, recorder.temperature, val.num_classes)}
+            for who, recorder in recorders.items()
+        },
+        'versions': versions(),
+    }  # fmt: skip
+    if 'teacher' in recorders:
+        right = [table[f'{who}_top1'] == table['target'] for who in ('student', 'teacher')]
+        difference, *interval = metrics.mcnemar_interval(*right)
+        found['difference'], found['difference_interval'] = 100 * difference, [100 * x for x in interval]
+    names = val.class_names or opened.class_names
+    if output is not None:
+        folder = Path(output).expanduser()
+        main_only(accelerator, lambda: write_all(folder, files_of(table, val, found, names)))
+    (log or accelerator.print)(summary(found, table, names))
+    return found
+
+
+def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, teacher: str | None) -> Config:
+    """Return the settings of an evaluation: a run's, with what is given in their place."""
+    run, of_data = opened.settings, _used_by('open_splits')
+    if run is None and not given.get('dataset') and not given.get('data_dir'):
+        raise UsageError(f'{opened.name}: give --data-dir D or --dataset NAME to evaluate it on')
+    base = run or Config()
+    # with a run's own dataset, --data-dir says where it lies now; with one of the Hub, that it is another one
+    if 'dataset' in given or ('data_dir' in given and (base.dataset or '').startswith(('hfds/', 'hfids/'))):
+        base = dataclasses.replace(base, **Config().pick(*of_data))
+    if run is None or teacher != run.teacher:
+        base = dataclasses.replace(base, **Config().pick(*_used_by('create_teacher')))
+    elif opened.run is not None and (opened.run / 'teacher' / 'config.json').is_file():
+        teacher = str(opened.run / 'teacher')  # it was trained there
+    size = batch_size or (run or base).validation_batch_size
+    base = dataclasses.replace(base, **given, validation_batch_size=size, report_to=(), sync_bn=False, resume=None)
+    config = resolve(base)
+    config.teacher = teacher and model_name(teacher)
+    config.teacher_pretrained = True
+    config.in_chans = opened.data_config['input_size'][0]
+    config.val_split = config.val_split or 'validation'
+    return config
+
+
+def _used_by(function: str) -> list[str]:
+    """Return the names of the settings that a function takes."""
+    return [name for name, f in FIELDS.items() if function in f.metadata['used_by']]
+
+
+def _open_split(opened: OpenModel, config: Config, given: dict[str, Any]) -> Source:
+    arguments = config.arguments_of('open_splits')
+    if opened.settings is None or set(given) & set(_used_by('open_splits')):  # it need not have a training split
+        arguments |= {'train_split': arguments['val_split'], 'train_num_samples': arguments['val_num_samples']}
+    return open_splits(**arguments)[1]
+
+
+def _open_teacher(pair: Pair, val: Source, config: Config) -> Teacher:
+    return create_teacher(
+        num_classes=val.num_classes, class_names=val.class_names, image_size=pair.image_size,
+        **config.arguments_of('create_teacher'),
+    )  # fmt: skip
+
+
+def _loader(opened: OpenModel, val: Source, config: Config, accelerator: Accelerator) -> Loader:
+    c = opened.data_config
+    assert isinstance(config.workers, int) and config.validation_batch_size is not None  # resolve() fills them in
+    transform = eval_transform(
+        c['input_size'], interpolation=c['interpolation'], crop_pct=c['crop_pct'], crop_mode=c['crop_mode'],
+        jpeg_draft=config.jpeg_draft,
+    )  # fmt: skip
+    return Loader(
+        val, transform, config.validation_batch_size, training=False, seed=config.seed,
+        rank=accelerator.process_index, world=accelerator.num_processes, workers=config.workers,
+        pin_memory=accelerator.device.type == 'cuda',
+    )  # fmt: skip
+
+
+def _evaluate(
+    pair: Pair, loader: Loader, outputs: list[int] | None, accelerator: Accelerator, config: Config
+) -> dict[str, Recorder]:
+    """Return the records of both networks."""
+    device = accelerator.device
+    model, normalize = pair.student.to(device), pair.normalize.to(device)
+    channels_last = wants_channels_last(config, accelerator)
+    to_memory_format(model, torch.channels_last if channels_last else torch.contiguous_format)
+    index = None if outputs is None else torch.tensor(outputs, device=device)
+
+    def predict(pixels: Tensor) -> Tensor:
+        logits = model(normalize(pixels))
+        return logits if index is None else logits.index_select(1, index)
+
+    recorders = {'student': record(predict, loader, accelerator, title='model')}
+    if pair.teacher is not None:
+        optimize_for_inference(pair, accelerator, config)
+        recorders['teacher'] = record(pair.teacher, loader, accelerator, title='teacher')
+    return recorders
