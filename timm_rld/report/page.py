@@ -95,6 +95,11 @@ def _environment() -> Any:
     return environment
 
 
+def require() -> None:
+    """Raise UserError where jinja2 is not installed."""
+    _environment()
+
+
 def raw(html: str) -> Any:
     """Return HTML or SVG of ours as text that a template does not escape."""
     from markupsafe import Markup
