@@ -20,6 +20,7 @@ FLOORS = {
     # 1
     'errors': set(),
     'files': set(),
+    'metrics': set(),
     'offline': set(),
     '_timm': set(),
     # 2
