@@ -129,7 +129,10 @@ def _differences(by_name: dict[str, dict[int, Any]], names: list[str], reference
         for (name, values), (mean, half) in zip(groups, intervals)
     ]  # fmt: skip
     table = Table(['difference', 'mean#', '95% interval', 'on each seed'], rows)
-    return {'plot': plots.seeds(f'{reference}, on the same seed', 'points', groups, intervals, zero=True), 'table': table}
+    return {
+        'plot': plots.seeds(f'{reference}, on the same seed', 'points', groups, intervals, zero=True),
+        'table': table,
+    }
 
 
 def _runs_table(runs: list[dict[str, Any]]) -> Table:
@@ -138,4 +141,3 @@ def _runs_table(runs: list[dict[str, Any]]) -> Table:
     return Table(columns, [
         [r['criterion'], r['seed'], *('' if r.get(k) is None else f'{r[k]:.2f}' for k in keys), r['run']] for r in runs
     ])  # fmt: skip
-

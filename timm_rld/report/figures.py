@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from .. import metrics
 from ..errors import UserError
 
 Array = np.ndarray[Any, Any]
-BINS = 15  # of a reliability diagram
 CONFIDENT = 0.5  # a probability above which a wrong answer counts as confident
-_Z = 1.959964  # 97.5% quantile of the normal distribution
 _PARTS = ('data', 'teacher', 'student', 'other')
 _COLUMNS = ('top1', 'top1_prob', 'target_prob', 'loss')
 
@@ -78,9 +77,9 @@ def read_predictions(path: Path) -> Predictions | None:
             if f'{who}_top1' not in column and who == 'teacher':
                 found.append(None)
                 continue
-            top1, *others = (column[f'{who}_{name}'].to_numpy() for name in _COLUMNS)
-            top1 = top1.astype(np.int64)
-            found.append(Answers(top1, *(x.astype(np.float64) for x in others), top1 == target))
+            top1, prob, target_prob, loss = (column[f'{who}_{name}'].to_numpy() for name in _COLUMNS)
+            prob, target_prob, loss = (x.astype(np.float64) for x in (prob, target_prob, loss))
+            found.append(Answers(top1.astype(np.int64), prob, target_prob, loss, top1 == target))
         student, teacher = found
         if student is None or not len(target) or min(target.min(), student.top1.min()) < 0:
             raise ValueError('holds no images')
@@ -94,28 +93,20 @@ def read_predictions(path: Path) -> Predictions | None:
 # --------------------------------------------------------------------------------------------------------- intervals
 
 
-def wilson(right: float, count: int) -> tuple[float, float]:
+def interval(right: float, count: int) -> tuple[float, float]:
     """Return Wilson's 95% interval of a share of ``count`` images, in percent."""
-    if not count:
-        return 0.0, 100.0
-    share, z2 = right / count, _Z**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    low, high = metrics.wilson(round(right), count)
+    return 100 * low, 100 * high
 
 
 def paired_difference(a: Array, b: Array) -> tuple[float, float, float]:
-    """Return how many points more of the same images ``a`` has right than ``b``, and the 95% interval of that
-    difference (McNemar: only the images count on which the two differ).
+    """Return how many points more of the same images ``a`` has right than ``b``, and the 95% interval of that.
 
     Args:
         a, b: whether each image is right, `[N]`.
     """
-    n = max(len(a), 1)
-    gained, lost = int((a & ~b).sum()), int((b & ~a).sum())
-    difference = (gained - lost) / n
-    half = _Z * math.sqrt(max(gained + lost - (gained - lost) ** 2 / n, 0)) / n
-    return 100 * difference, 100 * (difference - half), 100 * (difference + half)
+    difference, low, high = metrics.mcnemar_interval(a, b)
+    return 100 * difference, 100 * low, 100 * high
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -125,7 +116,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
         return mean, None
     t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # for 1, 2, … degrees of freedom
     degrees = len(values) - 1
-    factor = t[degrees - 1] if degrees <= len(t) else _Z + 2.6 / degrees
+    factor = t[degrees - 1] if degrees <= len(t) else metrics.Z95 + 2.6 / degrees
     return mean, factor * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
@@ -186,18 +177,11 @@ class ClassFigures:
 
 def by_class(p: Predictions, classes: int) -> ClassFigures:
     """Return the accuracy of each class."""
-    count = np.bincount(p.target, minlength=classes)
-
-    def share(answers: Answers) -> Array:
-        with np.errstate(invalid='ignore', divide='ignore'):
-            return 100 * np.bincount(p.target, answers.right, minlength=classes) / count
-
-    return ClassFigures(count, share(p.student), None if p.teacher is None else share(p.teacher))
-
-
-def confusion(target: Array, predicted: Array, classes: int) -> Array:
-    """Return how many images of class i were called class j, `[C, C]`."""
-    return np.bincount(target * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    student = metrics.per_class(p.target, p.student.top1, classes)
+    teacher = None
+    if p.teacher is not None:
+        teacher = 100 * metrics.per_class(p.target, p.teacher.top1, classes)['accuracy']
+    return ClassFigures(student['images'], 100 * student['accuracy'], teacher)
 
 
 def confused_pairs(target: Array, predicted: Array) -> list[tuple[int, int, int]]:
@@ -207,30 +191,6 @@ def confused_pairs(target: Array, predicted: Array) -> list[tuple[int, int, int]
     codes, counts = np.unique(target[wrong] * width + predicted[wrong], return_counts=True)
     order = np.argsort(-counts, kind='stable')
     return [(int(codes[i]) // width, int(codes[i]) % width, int(counts[i])) for i in order]
-
-
-# --------------------------------------------------------------------------------------------------------- calibration
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Of each bin of the highest probability, `[BINS]`: images, their mean probability and share right; and the
-    expected calibration error."""
-
-    count: Array
-    confidence: Array
-    accuracy: Array
-    ece: float
-
-
-def reliability(answers: Answers, bins: int = BINS) -> Reliability:
-    """Return how often a network is right where it is this sure, in bins (a, b] of equal width."""
-    which = np.clip(np.ceil(answers.top1_prob * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(which, minlength=bins)
-    some = np.maximum(count, 1)
-    confidence = np.bincount(which, answers.top1_prob, minlength=bins) / some
-    accuracy = np.bincount(which, answers.right, minlength=bins) / some
-    return Reliability(count, confidence, accuracy, float((count * abs(accuracy - confidence)).sum() / count.sum()))
 
 
 # -------------------------------------------------------------------------------------------------------------- curves

@@ -81,19 +81,24 @@ def _moved(config: Config, data_dir: str | None) -> dict[str, Any]:
 
 def _check_same(run: RunFiles, train: Source, val: Source) -> None:
     """Raise UserError where the splits are not those of the run, as far as facts.json tells."""
-    try:
-        facts = json.loads((run.folder / 'facts.json').read_text(encoding='utf-8'))
-        then = facts.get('files and labels (a digest)')
-    except (OSError, ValueError, AttributeError):
-        return
+    then = read_facts(run).get('files and labels (a digest)')
     if then is not None and then != f'{train.digest()} {val.digest()}':
         raise UserError('the data there have other files or labels than those of the run (--data-dir names others)')
+
+
+def read_facts(run: RunFiles) -> dict[str, Any]:
+    """Return what facts.json of a run holds; empty where it is missing or damaged."""
+    try:
+        return dict(json.loads((run.folder / 'facts.json').read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def class_counts(source: Source | None, classes: int) -> Array | None:
     """Return the number of images of each class, `[C]`; None where it is not known without reading them."""
     reader: Any = getattr(source.dataset, 'reader', None) if source is not None and not source.streamed else None
-    samples, columns = getattr(reader, 'samples', None), getattr(reader, 'dataset', None)
+    samples: Any = getattr(reader, 'samples', None)
+    columns: Any = getattr(reader, 'dataset', None)
     if samples is not None:
         labels = [target for _, target in samples]
     elif hasattr(columns, 'unique') and not getattr(reader, 'remap_class', False):
@@ -135,9 +140,8 @@ def first_images(run: RunFiles, images: Images, count: int = 32) -> Seen | None:
     config, train, val = images.config, images.train, images.val
     if train is None or val is None or train.streamed:
         return None
-    facts = json.loads((run.folder / 'facts.json').read_text(encoding='utf-8'))
     loader, _ = create_loaders(
-        train, val, data_config(run), rank=0, world=facts.get('processes', 1),
+        train, val, data_config(run), rank=0, world=int(read_facts(run).get('processes', 1)),
         **{**config.arguments_of('create_loaders'), 'workers': 0},
     )  # fmt: skip
     assert loader.sampler is not None
@@ -151,11 +155,9 @@ def first_images(run: RunFiles, images: Images, count: int = 32) -> Seen | None:
     pixels, mixed = mixup(pixels, target, 1, 0)
     first = 1 if len(keys) < len(batch) else 0
     logits = _cached(config, [index for _, index in keys[first:]])
-    is_mixed = isinstance(mixed, MixedTarget)
-    return Seen(
-        pixels[first:], target[first:].tolist(), mixed.b[first:].tolist() if is_mixed else None,
-        mixed.lam if is_mixed else 1.0, None if logits is None else logits.argmax(dim=1).tolist(),
-    )  # fmt: skip
+    other, lam = (mixed.b[first:].tolist(), mixed.lam) if isinstance(mixed, MixedTarget) else (None, 1.0)
+    teacher = None if logits is None else logits.argmax(dim=1).tolist()
+    return Seen(pixels[first:], target[first:].tolist(), other, lam, teacher)
 
 
 def data_config(run: RunFiles) -> dict[str, Any]:

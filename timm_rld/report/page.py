@@ -120,8 +120,8 @@ def render(template: str, **context: Any) -> str:
 
 
 def thumbnail(image: Image.Image, size: int = 64) -> str:
-    """Return a picture as a data URI, as small as it is shown: PNG if it has no more than 64 pixels a side (such pictures
-    are enlarged by whole pixels), else JPEG.
+    """Return a picture as a data URI: PNG if it has no more than 64 pixels a side (such pictures are enlarged by whole
+    pixels), else JPEG.
 
     Args:
         size: pixels of the longer side; a smaller picture stays as it is.

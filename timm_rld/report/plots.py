@@ -6,13 +6,13 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-from .figures import Array, Reliability
+from .figures import Array
 from .page import INSTALL, raw
 
 # What matplotlib draws in this colour, the page draws in that of the style sheet.
@@ -119,25 +119,30 @@ def lines(
     return _svg(draw, 4.7, 3.1, f'{title} over the epochs: {", ".join(name for name, *_ in series)}')
 
 
-def reliability_diagram(title: str, colour: str, r: Reliability, note: str) -> Any:
-    """Return how often a network is right where it is this sure, and how often it is this sure."""
+def reliability_diagram(title: str, colour: str, bins: Mapping[str, Array]) -> Any:
+    """Return how often a network is right where it is this sure, and how often it is this sure.
+
+    Args:
+        bins: of :func:`timm_rld.metrics.reliability`.
+    """
+    count, confidence, accuracy = bins['count'], bins['confidence'], bins['accuracy']
 
     def draw(figure: Any) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        edges = np.linspace(0, 1, len(r.count) + 1)
-        some = r.count > 0
-        middle, width = (edges[:-1] + edges[1:])[some] / 2, 0.9 / len(r.count)
-        top.bar(middle, r.accuracy[some], width, color=_COLOURS[colour], alpha=0.85)
+        edges = np.linspace(0, 1, len(count) + 1)
+        some = count > 0
+        middle, width = (edges[:-1] + edges[1:])[some] / 2, 0.9 / len(count)
+        top.bar(middle, accuracy[some], width, color=_COLOURS[colour], alpha=0.85)
         top.plot([0, 1], [0, 1], color=_COLOURS['soft'], linestyle=(0, (4, 3)), linewidth=1.1)
-        top.plot(r.confidence[some], r.accuracy[some], 'o', color=_COLOURS['ink'], markersize=3)
+        top.plot(confidence[some], accuracy[some], 'o', color=_COLOURS['ink'], markersize=3)
         top.set(xlim=(0, 1), ylim=(0, 1), ylabel='share right')
-        top.set_title(f'{title}: {note}')
-        bottom.bar(middle, r.count[some] / r.count.sum(), width, color=_COLOURS['soft'], alpha=0.6)
+        top.set_title(title)
+        bottom.bar(middle, count[some] / count.sum(), width, color=_COLOURS['soft'], alpha=0.6)
         bottom.set(xlabel='probability of the answer', ylabel='images')
         bottom.set_yticks([])
         bottom.grid(False)
 
-    return _svg(draw, 4.7, 3.9, f'{title}: reliability diagram, {note}')
+    return _svg(draw, 4.7, 3.9, f'reliability diagram. {title}')
 
 
 def matrix(title: str, counts: Array, names: Sequence[str]) -> Any:

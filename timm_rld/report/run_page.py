@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from .. import metrics
 from ..config import FIELDS, Config, flag_of
 from ..errors import UserError
 from ..run_folder import RunFiles
 from . import figures, plots
 from .figures import Array, Predictions
-from .images import Images, class_counts, data_config, first_images
+from .images import Images, class_counts, data_config, first_images, read_facts
 from .page import Cell, Picture, Table, render
 from .rules import finding
 
@@ -140,7 +140,8 @@ def base_facts(r: Report) -> dict[str, Any]:
         'again': shlex.join(['accelerate', 'launch', *words]),
         'with_augmentation': shlex.join(['accelerate', 'launch', *(w for w in words if w != '--no-aug'),
                                          '--experiment', f'{run.name}-augmented']),
-        'check_data': shlex.join(['timm-rld', 'data', *data]), 'bench': shlex.join(['timm-rld', 'bench', 'step', *bench]),
+        'check_data': shlex.join(['timm-rld', 'data', *data]),
+        'bench': shlex.join(['timm-rld', 'bench', 'step', *bench]),
         'half_weight': (settings.get('distill_loss_weight') or 1) / 2, 'temperature': temperature,
         'smoothing': settings.get('smoothing'), 'no_aug': bool(settings.get('no_aug')),
         'larger': 2 * data_config(r.run)['input_size'][-1], 'student_top1': results['student_top1'],
@@ -166,32 +167,20 @@ def _points(value: float | None) -> str:
 def verdict(r: Report) -> dict[str, Any]:
     """Student, teacher and baseline, with intervals; how much smaller and faster."""
     results, p = r.results, r.predictions
-    count = len(p) if p else _validation_images(r)
+    count = len(p) if p else int(read_facts(r.run).get('validation images') or 0)
     tiles = []
-    rows = [('student', results['student_top1'], r.model('student'), p and p.student),
-            ('teacher', results.get('teacher_top1'), r.model('teacher'), p and p.teacher)]  # fmt: skip
+    rows = [('student', results['student_top1']), ('teacher', results.get('teacher_top1'))]
     if r.baseline:
-        run, of_baseline = r.baseline
-        models = run.results.get('models') or {}
-        rows.append(('without distillation', run.results['student_top1'], models.get('student') or {},
-                     of_baseline and of_baseline.student))  # fmt: skip
-    for who, top1, model, _ in rows:
+        rows.append(('without distillation', r.baseline[0].results['student_top1']))
+    for who, top1 in rows:
         if top1 is None:
             continue
-        interval = model.get('top1_interval') or (count and figures.wilson(top1 / 100 * count, count))
-        note = f'95% interval {interval[0]:.2f} – {interval[1]:.2f}' if interval else ''
+        low, high = figures.interval(top1 / 100 * count, count)
+        note = f'95% interval {low:.2f} – {high:.2f}' if count else ''
         tiles.append((f'{who}, top-1', _points(top1), note))
-    r.facts.update(images=count or 0)
+    r.facts.update(images=count)
     differences = _differences(r)
     return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r)) if t]}
-
-
-def _validation_images(r: Report) -> int:
-    try:
-        facts = json.loads((r.run.folder / 'facts.json').read_text(encoding='utf-8'))
-        return int(facts.get('validation images') or 0)
-    except (OSError, ValueError, AttributeError, TypeError):
-        return 0
 
 
 def _differences(r: Report) -> Table | None:
@@ -228,7 +217,6 @@ _SIZES = (
     ('parameters', 'parameters', lambda v: f'{v / 1e6:.2f} M'),
     ('multiply_adds', 'multiply-adds', lambda v: f'{v / 1e9:.3f} G'),
     ('weights_mb', 'weights', lambda v: f'{v:.1f} MB'),
-    ('macro_top1', 'macro top-1', lambda v: f'{v:.2f} %'),
 )
 
 
@@ -239,7 +227,7 @@ def _sizes(r: Report) -> Table | None:
     for key, title, shown in _SIZES:
         a, b = student.get(key), teacher.get(key)
         if a is not None:
-            ratio = f'{b / a:.2f}×' if b and a and key != 'macro_top1' else ''
+            ratio = f'{b / a:.2f}×' if b and a else ''
             rows.append([title, shown(a), shown(b) if b is not None else '', ratio])
     latency, theirs = student.get('latency_ms') or {}, teacher.get('latency_ms') or {}
     for batch, ms in latency.items():
@@ -410,7 +398,7 @@ def classes(r: Report) -> dict[str, Any]:
     }  # fmt: skip
     if n <= MATRIX:
         block['matrix'] = plots.matrix(
-            'What the student calls each class', figures.confusion(p.target, p.student.top1, n),
+            'What the student calls each class', metrics.confusion(p.target, p.student.top1, n),
             [r.name(c) for c in range(n)],
         )  # fmt: skip
     else:
@@ -481,12 +469,13 @@ def calibration(r: Report) -> dict[str, Any]:
     for who, answers_ in (('student', p.student), ('teacher', p.teacher)):
         if answers_ is None:
             continue
-        found, best = figures.reliability(answers_), r.model(who).get('best_temperature')
-        drawn.append(plots.reliability_diagram(who.capitalize(), who, found, f'error {100 * found.ece:.1f} points'))
+        found, best = metrics.reliability(answers_.top1_prob, answers_.right), r.model(who).get('best_temperature')
+        error = 100 * metrics.ece(answers_.top1_prob, answers_.right)
+        drawn.append(plots.reliability_diagram(f'{who.capitalize()}: error {error:.1f} points', who, found))
         bias = 100 * float(answers_.top1_prob.mean() - answers_.right.mean())
-        rows.append([who, f'{100 * found.ece:.2f}', f'{bias:+.2f}', '' if best is None else f'{best:.2f}',
+        rows.append([who, f'{error:.2f}', f'{bias:+.2f}', '' if best is None else f'{best:.2f}',
                      f'{answers_.loss.mean():.3f}'])  # fmt: skip
-        r.facts.update({f'{who}_ece': 100 * found.ece, f'{who}_bias': bias, f'{who}_best_temperature': best})
+        r.facts.update({f'{who}_ece': error, f'{who}_bias': bias, f'{who}_best_temperature': best})
     temperature, best = r.facts.get('temperature'), r.facts.get('teacher_best_temperature')
     if isinstance(temperature, (int, float)) and best:
         new = round(max(0.5, min(20.0, temperature * best)), 1)
@@ -496,7 +485,7 @@ def calibration(r: Report) -> dict[str, Any]:
     return {'plots': drawn, 'table': Table(columns, rows)}
 
 
-# ------------------------------------------------------------------------------------------------- what the networks saw
+# ------------------------------------------------------------------------------------------------ what the networks saw
 
 
 def seen(r: Report) -> dict[str, Any]:
@@ -506,13 +495,16 @@ def seen(r: Report) -> dict[str, Any]:
     except (UserError, OSError, KeyError, ValueError) as e:
         return {'missing': f'No pictures: {str(e).partition(chr(10))[0]}'}
     if found is None:
-        return {'missing': r.images.why or 'No pictures: a streamed dataset cannot be read by index.',
-                'missing_command': shlex.join(['timm-rld', 'report', str(r.run.folder), '--data-dir', 'DIR'])}  # fmt: skip
+        again = ['timm-rld', 'report', str(r.run.folder), '--data-dir', 'DIR']
+        return {'missing': r.images.why, 'missing_command': shlex.join(again)}
     pictures = []
     for i, (source, target) in enumerate(zip(found.pictures(), found.target)):
         lines = [r.name(target)]
         if found.other is not None and found.other[i] != target:
-            lines = [f'{r.name(target)} {100 * found.lam:.0f} %', f'{r.name(found.other[i])} {100 - 100 * found.lam:.0f} %']
+            lines = [
+                f'{r.name(target)} {100 * found.lam:.0f} %',
+                f'{r.name(found.other[i])} {100 - 100 * found.lam:.0f} %',
+            ]
         tone = ''
         if found.teacher is not None:
             tone = 'good' if found.teacher[i] == target else 'bad'
@@ -523,8 +515,8 @@ def seen(r: Report) -> dict[str, Any]:
     mean, std = values.mean(axis=1), values.std(axis=1)
     after_mean, after_std = (mean - config['mean']) / config['std'], std / np.asarray(config['std'])
     worst = int(np.argmax(abs(after_mean) + abs(np.log(np.maximum(after_std, 1e-6)))))
-    r.facts.update(worst_mean=float(after_mean[worst]), worst_std=float(after_std[worst]),
-                   data_mean=' '.join(f'{x:.3f}' for x in mean), data_std=' '.join(f'{x:.3f}' for x in std))  # fmt: skip
+    of_data = {'data_mean': ' '.join(f'{x:.3f}' for x in mean), 'data_std': ' '.join(f'{x:.3f}' for x in std)}
+    r.facts.update(worst_mean=float(after_mean[worst]), worst_std=float(after_std[worst]), **of_data)
     if found.teacher is not None:
         r.facts['teacher_wrong_seen'] = 100 * float(np.mean(np.asarray(found.teacher) != np.asarray(found.target)))
     channels = ('red', 'green', 'blue') if len(mean) == 3 else ('grey',)
@@ -552,7 +544,7 @@ def time_spent(r: Report) -> dict[str, Any]:
     tiles = [(names[part], f'{100 * share:.1f} %', _duration(share * total)) for part, share in shares.items()]
     speed = r.results.get('train_images_per_second')
     tiles.append(('training', _duration(total), f'{speed:,.0f} images a second' if speed else ''))
-    parts = {names[part]: figures.column(h, f'seconds_{part}') for part in shares}
+    parts: dict[str, Sequence[float]] = {names[part]: figures.column(h, f'seconds_{part}') for part in shares}
     return {'plots': [plots.stacked_time(figures.column(h, 'epoch'), parts)], 'tiles': tiles}
 
 
@@ -568,11 +560,7 @@ def settings(r: Report) -> dict[str, Any]:
     changed = [[flag_of(name), _shown(value), _shown(getattr(defaults, name))]
                for name, value in r.run.settings.items()
                if name in FIELDS and _shown(value) != _shown(getattr(defaults, name))]  # fmt: skip
-    facts: dict[str, Any] = {}
-    try:
-        facts = dict(json.loads((r.run.folder / 'facts.json').read_text(encoding='utf-8')))
-    except (OSError, ValueError, TypeError):
-        pass
+    facts = read_facts(r.run)
     if r.results.get('teacher_sha256'):
         facts["SHA-256 of the teacher's weights"] = r.results['teacher_sha256']
     if r.results.get('paper'):
