@@ -51,7 +51,7 @@ FLOORS = {
         'hub',
     },
     # 5
-    'report': {'errors', 'files', 'metrics', 'config', 'data', 'run_folder', 'cache'},
+    'report': {'errors', 'files', 'metrics', 'config', 'loss', 'data', 'run_folder', 'cache'},
     # 6
     'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
     # 7

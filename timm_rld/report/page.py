@@ -46,13 +46,13 @@ class Picture:
 
     Attributes:
         source: data URI, of :func:`thumbnail`; empty where the picture is not at hand.
-        caption: lines below it.
+        caption: lines below it; (colour, text) puts a dot of a colour of the style sheet before a line.
         alt: what it shows, for those who do not see it.
         tone: 'good', 'bad' or '': colour of its frame.
     """
 
     source: str
-    caption: Sequence[str] = ()
+    caption: Sequence[str | tuple[str, str]] = ()
     alt: str = ''
     tone: str = ''
 

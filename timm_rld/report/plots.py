@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -89,7 +90,6 @@ def lines(
     *,
     level: tuple[str, float] | None = None,
     unit: str = '',
-    log: bool = False,
 ) -> Any:
     """Return curves over the epochs.
 
@@ -106,17 +106,16 @@ def lines(
             axes.plot(epochs, values, color=_COLOURS[colour], label=name, marker=marker)
         if level is not None:
             axes.axhline(level[1], color=_COLOURS['soft'], linestyle=(0, (4, 3)), linewidth=1.1, label=level[0])
-        axes.set_title(title)
+        axes.set_title(f'{title}, {unit}' if unit else title)
         axes.set_xlabel('epoch')
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if log and min(min(v for v in s[2]) for s in series) > 0:
-            axes.set_yscale('log')
-        if unit:
-            axes.set_ylabel(unit)
+        values = [v for _, _, of_one in series for v in of_one if math.isfinite(v)]
+        if values and max(values) - min(values) <= 0.02 * abs(max(values)):  # else noise fills the height
+            axes.set_ylim(min(values) - 0.1 * abs(max(values)), max(values) + 0.1 * abs(max(values)))
         if len(series) > 1 or level is not None:
             axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=3)
 
-    return _svg(draw, 4.7, 3.1, f'{title} over the epochs: {", ".join(name for name, *_ in series)}')
+    return _svg(draw, 4.3, 3.0, f'{title} over the epochs: {", ".join(name for name, *_ in series)}')
 
 
 def reliability_diagram(title: str, colour: str, bins: Mapping[str, Array]) -> Any:
@@ -142,7 +141,7 @@ def reliability_diagram(title: str, colour: str, bins: Mapping[str, Array]) -> A
         bottom.set_yticks([])
         bottom.grid(False)
 
-    return _svg(draw, 4.7, 3.9, f'reliability diagram. {title}')
+    return _svg(draw, 5.4, 4.2, f'reliability diagram. {title}')
 
 
 def matrix(title: str, counts: Array, names: Sequence[str]) -> Any:
@@ -193,7 +192,7 @@ def stacked_time(epochs: Sequence[float], parts: dict[str, Sequence[float]]) -> 
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=4)
 
-    return _svg(draw, 4.7, 3.1, f'seconds of each epoch, by part: {", ".join(parts)}')
+    return _svg(draw, 5.4, 2.9, f'seconds of each epoch, by part: {", ".join(parts)}')
 
 
 def seeds(

@@ -94,8 +94,8 @@ RULES: tuple[Rule, ...] = (
     # ---- 2 right and wrong
     Rule(
         'answers', 'labels', ('suspects',), lambda f, t: f['suspects'] >= max(3, t * f['images'] / 100), 1.0,
-        'Of {suspects:,} images ({suspects_share:.1f} %) the networks confidently name the same other class than the '
-        'label: look at these labels before anything else.', 'head -n 31 {suspects_file}', 'bad',
+        'For {suspects:,} images ({suspects_share:.1f} %) both networks confidently name the same class, and it is not '
+        'the label: look at these labels before anything else.', 'head -n 31 {suspects_file}', 'bad',
     ),
     Rule(
         'answers', 'teacher knows more', ('only_teacher',),
@@ -212,7 +212,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         'images', 'too strong', ('teacher_wrong_seen',), lambda f, t: f['teacher_wrong_seen'] > t, 50.0,
         'The teacher is wrong on {teacher_wrong_seen:.0f} % of these augmented images: they are cut or coloured too '
-        'much for it to teach anything.', '{train} --scale 0.35 1 --experiment {name}-gentle', 'bad',
+        'much for it to teach anything.', '{train} {gentler} --experiment {name}-gentle', 'bad',
     ),
     Rule(
         'images', 'plain', ('no_aug',), lambda f, t: f['no_aug'], None,
@@ -222,7 +222,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         'images', 'fine', (), always, None,
         'Values are well normalised; whether crops still show their class, only a look can tell. Gentler crops are '
-        'one flag away.', '{train} --scale 0.35 1 --experiment {name}-gentle', 'good',
+        'one flag away.', '{train} {gentler} --experiment {name}-gentle', 'good',
     ),
     # ---- 7 where the time went
     Rule(

@@ -7,15 +7,16 @@ import io
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import metrics
-from ..config import FIELDS, Config, flag_of
+from ..config import FIELDS, Config, flag_of, resolve
 from ..errors import UserError
+from ..loss import CRITERIA
 from ..run_folder import RunFiles
 from . import figures, plots
 from .figures import Array, Predictions
@@ -116,6 +117,7 @@ def base_facts(r: Report) -> dict[str, Any]:
     epochs, options = results['epochs'], results.get('distill_options') or {}
     temperature = options.get('temperature')
     words = shlex.split(results['command'])
+    padding = settings.get('crop_padding') or 4
     data = [x for n in ('dataset', 'data_dir', 'train_split', 'val_split') if settings.get(n)
             for x in (flag_of(n), str(settings[n]))]  # fmt: skip
     measured = {'teacher': results.get('teacher'), 'student': results.get('student'),
@@ -144,6 +146,7 @@ def base_facts(r: Report) -> dict[str, Any]:
         'bench': shlex.join(['timm-rld', 'bench', 'step', *bench]),
         'half_weight': (settings.get('distill_loss_weight') or 1) / 2, 'temperature': temperature,
         'smoothing': settings.get('smoothing'), 'no_aug': bool(settings.get('no_aug')),
+        'gentler': f'--crop-padding {padding // 2}' if settings.get('train_crop_mode') == 'pad' else '--scale 0.35 1',
         'larger': 2 * data_config(r.run)['input_size'][-1], 'student_top1': results['student_top1'],
         'teacher_top1': results.get('teacher_top1'), 'best_epoch': results['best_epoch'],
         'suspects_file': shlex.quote(str(run / f'{r.stem}-suspects.csv')),
@@ -177,7 +180,7 @@ def verdict(r: Report) -> dict[str, Any]:
             continue
         low, high = figures.interval(top1 / 100 * count, count)
         note = f'95% interval {low:.2f} – {high:.2f}' if count else ''
-        tiles.append((f'{who}, top-1', _points(top1), note))
+        tiles.append((f'{who}, top-1', _points(top1), note, who if who != 'without distillation' else 'third'))
     r.facts.update(images=count)
     differences = _differences(r)
     return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r)) if t]}
@@ -236,7 +239,7 @@ def _sizes(r: Report) -> Table | None:
         name = f'latency, batch of {batch}' + (f' ({device})' if device else '')
         ratio = f'{other / ms:.2f}×' if other and ms else ''
         rows.append([name, f'{ms:.2f} ms', f'{other:.2f} ms' if other else '', ratio])
-    return Table(['', 'student#', 'teacher#', 'teacher / student#'], rows, 'Size and speed') if rows else None
+    return Table(['quantity', 'student#', 'teacher#', 'teacher / student#'], rows, 'Size and speed') if rows else None
 
 
 # ---------------------------------------------------------------------------------------------------- right and wrong
@@ -254,12 +257,14 @@ def picture(r: Report, row: int, tone: str = '') -> Picture:
     """Return the thumbnail of a row of the predictions, with what was said of it."""
     p = r.predictions
     assert p is not None
-    lines = [f'label: {r.name(p.target[row])}']
-    for who, answers in (('student', p.student), ('teacher', p.teacher)):
-        if answers is not None:
-            lines.append(f'{who}: {r.name(answers.top1[row])} {100 * answers.top1_prob[row]:.0f} %')
+    label = r.name(p.target[row])
+    lines: list[str | tuple[str, str]] = [label]
+    for who, said in (('student', p.student), ('teacher', p.teacher)):
+        if said is not None:
+            name = '' if said.right[row] else f'{r.name(said.top1[row])} '
+            lines.append((who, f'{name}{100 * said.top1_prob[row]:.0f} %'))
     file = Path(p.file[row]).name or f'image {p.index[row]}'
-    return Picture(r.images.thumbnail(int(p.index[row])), lines, f'{file}, {lines[0]}', tone)
+    return Picture(r.images.thumbnail(int(p.index[row])), lines, f'{file}, label {label}', tone)
 
 
 def answers(r: Report) -> dict[str, Any]:
@@ -326,8 +331,8 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 # -------------------------------------------------------------------------------------------------------------- curves
 
 _DIAGNOSTICS = {
-    'scd': 'sample confidence (scd)', 'mcd': 'masked correlation (mcd)', 'teacher_wrong': 'teacher wrong, share',
-    'masked_classes': 'classes masked', 'masked_mass': "teacher's probability masked",
+    'scd': 'Sample confidence (scd)', 'mcd': 'Masked correlation (mcd)', 'teacher_wrong': 'Teacher wrong, share',
+    'masked_classes': 'Classes masked', 'masked_mass': "Teacher's probability masked",
 }  # fmt: skip
 
 
@@ -356,7 +361,7 @@ def curves(r: Report) -> dict[str, Any]:
     known = {'train_loss', 'train_task_loss', 'train_kd_loss'}
     others = [k for k in dict.fromkeys(k for row in h for k in row) if k.startswith('train_') and k not in known]
     diagnostics = [
-        plots.lines(_DIAGNOSTICS.get(k[6:], k[6:].replace('_', ' ')), epochs, series((k, k[6:], 'accent')))
+        plots.lines(_DIAGNOSTICS.get(k[6:], k[6:].replace('_', ' ').capitalize()), epochs, series((k, k[6:], 'accent')))
         for k in others
         if figures.has(h, k)
     ]
@@ -481,7 +486,7 @@ def calibration(r: Report) -> dict[str, Any]:
         new = round(max(0.5, min(20.0, temperature * best)), 1)
         options = {**(r.run.settings.get('distill_kwargs') or {}), 'temperature': new}
         r.facts.update(new_temperature=new, options_with_temperature=shlex.join(f'{k}={v}' for k, v in options.items()))
-    columns = ['', 'calibration error, points#', 'says − is right, points#', 'best temperature#', 'loss#']
+    columns = ['network', 'calibration error, points#', 'overconfidence, points#', 'best temperature#', 'loss#']
     return {'plots': drawn, 'table': Table(columns, rows)}
 
 
@@ -499,7 +504,7 @@ def seen(r: Report) -> dict[str, Any]:
         return {'missing': r.images.why, 'missing_command': shlex.join(again)}
     pictures = []
     for i, (source, target) in enumerate(zip(found.pictures(), found.target)):
-        lines = [r.name(target)]
+        lines: list[str | tuple[str, str]] = [r.name(target)]
         if found.other is not None and found.other[i] != target:
             lines = [
                 f'{r.name(target)} {100 * found.lam:.0f} %',
@@ -508,8 +513,8 @@ def seen(r: Report) -> dict[str, Any]:
         tone = ''
         if found.teacher is not None:
             tone = 'good' if found.teacher[i] == target else 'bad'
-            lines.append(f'teacher: {r.name(found.teacher[i])}')
-        pictures.append(Picture(source, lines, ', '.join(lines), tone))
+            lines.append(('teacher', r.name(found.teacher[i])))
+        pictures.append(Picture(source, lines, f'training image of {r.name(target)}', tone))
     config = data_config(r.run)
     values = found.pixels.double().div(255).transpose(0, 1).flatten(1).numpy()
     mean, std = values.mean(axis=1), values.std(axis=1)
@@ -556,7 +561,7 @@ def _duration(seconds: float) -> str:
 
 def settings(r: Report) -> dict[str, Any]:
     """Command, settings that differ from the defaults, versions, digests."""
-    defaults = Config()
+    defaults = _defaults(r)
     changed = [[flag_of(name), _shown(value), _shown(getattr(defaults, name))]
                for name, value in r.run.settings.items()
                if name in FIELDS and _shown(value) != _shown(getattr(defaults, name))]  # fmt: skip
@@ -570,6 +575,21 @@ def settings(r: Report) -> dict[str, Any]:
         'changed': Table(['setting', 'value', 'default'], changed, 'Settings that differ from the defaults'),
         'recorded': Table(['fact', 'value'], [[k, _shown(v)] for k, v in facts.items()], 'Data, machine, versions'),
     }  # fmt: skip
+
+
+def _defaults(r: Report) -> Config:
+    """The settings of a run of this pair, data and length that gave no other."""
+    then = r.run.settings
+    given: dict[str, Any] = {
+        n: then.get(n) for n in ('teacher', 'student', 'dataset', 'data_dir', 'distill') if then.get(n)
+    }
+    row, processes = CRITERIA.get(r.results['distill']), int(read_facts(r.run).get('processes', 1))
+    try:
+        found = resolve(Config(**given), processes, **(row.defaults() if row else {}))
+        without: dict[str, Any] = {name: getattr(Config(), name) for name in given}
+        return replace(found, **without)
+    except UserError:
+        return Config()
 
 
 def _shown(value: Any) -> str:
