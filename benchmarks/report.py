@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from timm_rld.config import Config, resolve, to_yaml
+from timm_rld.loss import CRITERIA
 
 
 def plant_predictions(
@@ -59,8 +60,8 @@ def plant_run(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    config = resolve(Config(**{'teacher': 'cifar_resnet20', 'student': 'cifar_resnet8', 'epochs': epochs,
-                               'distill_loss_weight': 1.0, **settings}))  # fmt: skip
+    given = Config(**{'teacher': 'cifar_resnet20', 'student': 'cifar_resnet8', 'epochs': epochs, **settings})
+    config = resolve(given, **CRITERIA[given.distill].defaults())
     (run / 'student').mkdir(parents=True)
     size_of = dict(input_size=[3, size, size], mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], interpolation='bilinear',
                    crop_pct=1.0, crop_mode='center', label_names=names)  # fmt: skip
@@ -103,16 +104,15 @@ def plant_run(
 
 def plant_photographs(root: Path, classes: int, images: int, files: int = 200) -> np.ndarray:
     """Write folders of photographs: few files, and links to them. Returns the class of each validation image."""
-    from timm_rld.bench.photographs import photograph
+    from timm_rld.bench.photographs import write_photographs
 
-    root.mkdir()
-    for i in range(files):
-        photograph(i).save(root / f'{i}.jpg', quality=85)
+    write_photographs(root / 'files', files, (500, 375))
+    photographs = sorted((root / 'files').rglob('*.jpg'))
     for split, count in (('train', 2 * classes), ('validation', images)):
         for i in range(count):
             folder = root / split / f'class {i % classes:04}'
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f'{i:06}.jpg').symlink_to(root / f'{i % files}.jpg')
+            (folder / f'{i:06}.jpg').symlink_to(photographs[i % files])
     return np.repeat(np.arange(classes), -(-images // classes))[:images]
 
 
