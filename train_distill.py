@@ -83,10 +83,9 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     config.img_size, config.mixed_precision = pair.img_size, accelerator.mixed_precision
     evaluate_teacher = functools.partial(engine.evaluate_teacher, pair, val_loader, accelerator, config, cache)
-    found = evaluate_teacher() if config.teacher is not None and not train_teacher else (None, None, None)
+    teacher = evaluate_teacher() if config.teacher is not None and not train_teacher else engine.EvaluatedTeacher()
 
     folder = open_run(config, accelerator, train_split, val_split)
-    write = functools.partial(main_writes, accelerator, folder)
     checkpoints = engine.Checkpoints(folder / 'checkpoints', config.checkpoint_hist, log)
     checkpoints.prepare(config.resume, accelerator)
     if config.on_bad_image == 'skip':
@@ -94,15 +93,16 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     accelerator.init_trackers('timm_rld', config={'command': command})
     run_on = dict(accelerator=accelerator, train_loader=train_loader, val_loader=val_loader, checkpoints=checkpoints)
     if train_teacher:
-        found = evaluate_teacher(engine.train_teacher(pair, folder, config=config, class_names=class_names, **run_on))
-    teacher_top1, teacher_predictions, teacher_digest = found
+        weights = engine.train_teacher(pair, folder, config=config, class_names=class_names, **run_on)
+        teacher = evaluate_teacher(weights)
 
     # ---- criterion, task → fit → export
     results = dict(
         config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=dict(info.options),
-        num_classes=num_classes, teacher_top1=teacher_top1, command=command, paper=info.cited,
-        teacher_sha256=teacher_digest, versions=run_folder.versions(),
+        num_classes=num_classes, teacher_top1=teacher.top1, command=command, paper=info.cited,
+        teacher_sha256=teacher.digest, versions=run_folder.versions(),
     )  # fmt: skip
+    logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
         task = DistillationTask(
             pair.student, pair.teacher if criterion is not None else None, criterion, normalize=pair.normalize,
@@ -113,12 +113,10 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             checkpoints.on_epoch_end = hub.BackgroundPush(
                 folder, dict(results), pair.student, export, log, **config.arguments_of('BackgroundPush')
             )
-        logs = dict(log_file=folder / 'summary.csv', reference=teacher_predictions)
         results |= run_folder.outcome(engine.fit(task, config=config, **logs, **run_on))
-        write(export, pair.student, folder / 'student')
-        if task.has_ema():
-            write(export, task.trainable_module_ema.module, folder / 'student_ema')
-    write(run_folder.write_results, folder, results)
+        results['student_folders'] = engine.export_students(task, folder, results, export, checkpoints, accelerator)
+    results['models'] = engine.describe_models(pair, teacher, logs['recorder'], val_loader, accelerator, config, folder)
+    main_writes(accelerator, folder, run_folder.write_results, folder, results)
     accelerator.end_training()
     log(f'{folder}: {run_folder.summary_line(results)}')
     if config.push_to_hub and is_main and config.epochs:

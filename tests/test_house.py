@@ -41,6 +41,7 @@ FLOORS = {
     'engine': {
         'errors',
         'files',
+        'metrics',
         'config',
         'distributed',
         'data',

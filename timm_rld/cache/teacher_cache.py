@@ -362,12 +362,22 @@ class TeacherCache:
         Raises:
             UserError: where a row is damaged.
         """
+        logits = self.validation_logits(indices)
         assert self.body is not None  # open() was called
-        rows, found = self._rows(self.validation_name), self.body['validation'][self.validation_name]
+        found = self.body['validation'][self.validation_name]
+        return found['teacher_top1'], logits.argmax(dim=1), found['teacher_sha256']
+
+    def validation_logits(self, indices: Sequence[int]) -> Tensor:
+        """Return the teacher's logits `[n, C]` on the given images of the validation split, float32, on the CPU.
+
+        Raises:
+            UserError: where a row is damaged.
+        """
+        rows = self._rows(self.validation_name)
         logits = rows.read(np.asarray(indices, dtype=np.int64))
         if logits is None:
             raise UserError(f'{rows.path}: a row is damaged; delete this file to have it computed again')
-        return found['teacher_top1'], logits.argmax(dim=1), found['teacher_sha256']
+        return logits
 
 
 def read_body(folder: Path) -> dict[str, Any]:

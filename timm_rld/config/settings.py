@@ -316,6 +316,12 @@ class Config:
         per_run=True)  # fmt: skip
     experiment: str | None = setting(None, OUT, 'name of the run folder (default: <time>-<student>-<distill>)',
         resumable=True, path=True, per_run=True)  # fmt: skip
+    no_predictions: bool = setting(False, OUT,
+        'do not write predictions.parquet: what student and teacher say of each validation image', flag=True,
+        resumable=True)  # fmt: skip
+    no_speed: bool = setting(False, OUT,
+        'do not measure what a batch takes student and teacher, seconds at the end of a run', flag=True,
+        resumable=True)  # fmt: skip
     log_interval: int = setting(50, OUT, 'steps between progress lines', gt=0, resumable=True)
     report_to: tuple[str, ...] = setting((), OUT, 'trackers of Accelerate: tensorboard, wandb, …',
         used_by='create_accelerator', resumable=True)  # fmt: skip

@@ -86,6 +86,25 @@ class Source:
                 digest.update(b'?')
         return digest.hexdigest()[:12]
 
+    def files(self) -> list[str] | None:
+        """Return the name of each image's file: relative to the split's folder, or as a table or archive has it, '' for
+        an image without one. None where none has one, or they are read as a stream."""
+        if self.streamed:
+            return None
+        reader: Any = getattr(self.dataset, 'reader', None)
+        holder = self.dataset if reader is None else reader
+        samples, table = getattr(holder, 'samples', None), getattr(reader, 'dataset', None)
+        if samples is not None and len(samples) and isinstance(samples[0][0], str):
+            names = [os.path.relpath(path, holder.root) for path, *_ in samples]
+        elif samples is not None and reader is not None:
+            names = reader.filenames()
+        elif hasattr(table, 'unique') and getattr(table, '_indices', None) is None:
+            paths = (path or '' for path in _paths(reader))
+            names = [os.path.basename(path) if os.path.isabs(path) else path for path in paths]
+        else:
+            return None
+        return [_readable(name) for name in names]
+
     def read(self, index: int, decode: Callable[[Image.Image], Image.Image] | None = None) -> tuple[Image.Image, int]:
         """Decode one image. timm's own `__getitem__` would put the next image in the place of a broken one.
 
@@ -391,6 +410,13 @@ def _has_image(reader: Any) -> Any:
 
     column = reader.dataset.data.column(reader.image_key)
     return pc.or_(*(pc.is_valid(pc.struct_field(column, part)) for part in ('bytes', 'path')))
+
+
+def _paths(reader: Any) -> list[str | None]:
+    """The path that a table of `hfds/` has of each image, without reading any."""
+    import pyarrow.compute as pc
+
+    return pc.struct_field(reader.dataset.data.column(reader.image_key), 'path').to_pylist()
 
 
 def _readable(name: str) -> str:

@@ -27,6 +27,7 @@ from .checkpoint import Checkpoints
 from .evaluate import Interrupted, evaluate
 from .faults import FiniteCheck, StopSignals
 from .log import write_rows
+from .predictions import Recorder
 from .progress import Progress
 from .state import TrainState
 
@@ -43,6 +44,7 @@ def fit(
     log_file: Path,
     checkpoints: Checkpoints | None = None,
     reference: Tensor | None = None,
+    recorder: Recorder | None = None,
     phase: str = 'student',
 ) -> list[dict[str, float]]:
     """Train a task's module for the number of epochs in the settings, evaluating after each.
@@ -57,6 +59,7 @@ def fit(
         log_file: a CSV with a row an epoch.
         checkpoints: where to write them, and to resume from: the newest one of this phase is read. None: neither.
         reference: the teacher's predictions on ``val_loader``, for the agreement.
+        recorder: of the evaluation after the last epoch; it stays empty where an earlier process has made that one.
         phase: `teacher` or `student`.
 
     Returns:
@@ -93,7 +96,8 @@ def fit(
                 train_epoch(state, train_loader, mixup, config, pauses, progress)
                 average_batch_norm(state)
             train = state.means.over_processes(accelerator)
-            metrics, averaged = assess(state, val_loader, reference, pauses)
+            recording = recorder if state.epoch == config.epochs else None
+            metrics, averaged = assess(state, val_loader, reference, pauses, recording)
             row = state.summary_row(train, metrics, averaged)
             if config.skip_nonfinite:
                 row['skipped_steps'] = pauses.check.skipped
@@ -212,9 +216,9 @@ def average_batch_norm(state: TrainState) -> None:
 
 
 def assess(
-    state: TrainState, loader: Loader, reference: Tensor | None, pauses: Pauses
+    state: TrainState, loader: Loader, reference: Tensor | None, pauses: Pauses, recorder: Recorder | None = None
 ) -> tuple[dict[str, float], dict[str, float] | None]:
-    """Evaluate the network, and its averaged weights if there are any.
+    """Evaluate the network, which a recorder records, and its averaged weights if there are any.
 
     Returns:
         The figures of :func:`evaluate` of both.
@@ -235,6 +239,7 @@ def assess(
             metrics, _ = evaluate(
                 predict, loader, state.accelerator, reference,
                 title=state.phase, interrupted=lambda: bool(pauses.signals.received),
+                on_batch=None if ema else recorder,
             )  # fmt: skip
         except Interrupted:
             pauses.in_evaluation()

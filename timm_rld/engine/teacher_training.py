@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,7 +20,27 @@ from ..task import DistillationTask
 from .checkpoint import Checkpoints
 from .evaluate import evaluate
 from .fit import fit
+from .predictions import Recorder
 from .state import wants_channels_last
+
+
+@dataclass
+class EvaluatedTeacher:
+    """What was found of a teacher on the validation split; empty where there is none.
+
+    Attributes:
+        top1: percent.
+        predictions: this process's predicted classes `[n]`.
+        digest: SHA-256 of its weights.
+        recorder: what it says of each image; None where that is in the cache.
+        cache: of its logits.
+    """
+
+    top1: float | None = None
+    predictions: Tensor | None = None
+    digest: str | None = None
+    recorder: Recorder | None = None
+    cache: TeacherCache | None = None
 
 
 def train_teacher(
@@ -76,7 +97,7 @@ def evaluate_teacher(
     config: Config,
     cache: TeacherCache | None = None,
     weights: Path | None = None,
-) -> tuple[float, Tensor, str | None]:
+) -> EvaluatedTeacher:
     """Optimise a teacher for inference, evaluate it, print the result and where it differs from the student, and stop
     where it is near chance.
 
@@ -85,11 +106,12 @@ def evaluate_teacher(
         weights: the teacher's file, where it was trained here.
 
     Returns:
-        Its top-1 (percent), this process's predicted classes `[n]`, and the SHA-256 of its weights.
+        What was found.
 
     Raises:
         UserError: below `--min-teacher-acc`.
     """
+    recorder = None
     if cache is not None:
         cache.open(weights, pair.teacher)
     if pair.teacher is not None:
@@ -101,8 +123,9 @@ def evaluate_teacher(
         predictions = predictions.to(accelerator.device)
     else:
         assert pair.teacher is not None
+        recorder = Recorder() if cache is None else None  # else what is cached is read when it is asked for
         metrics, predictions = evaluate(
-            pair.teacher, loader, accelerator, on_batch=cache.write_validation if cache is not None else None
+            pair.teacher, loader, accelerator, on_batch=recorder if cache is None else cache.write_validation
         )
         top1, digest = metrics['top1'], weights_digest(pair.teacher)
         if cache is not None:
@@ -110,7 +133,9 @@ def evaluate_teacher(
     found = f'teacher {config.teacher}: top-1 {top1:.2f} on {config.val_split}'
     accelerator.print('\n  '.join([found, *audit(pair)]))
     check_accuracy(str(config.teacher), top1, pair.num_classes, config.min_teacher_acc)
-    return top1, predictions, digest
+    if recorder is not None:
+        recorder.finish(accelerator, pair.num_classes)  # its logits need not be kept while the student trains
+    return EvaluatedTeacher(top1, predictions, digest, recorder, cache)
 
 
 def optimize_for_inference(pair: Pair, accelerator: Accelerator, config: Config) -> None:

@@ -26,6 +26,7 @@ def export_model(
     *,
     data_config: dict[str, Any],
     label_names: list[str] | None = None,
+    about: str = '',
 ) -> Path:
     """Write a timm model folder (config.json, model.safetensors, README.md) for `timm.create_model('local-dir:…')`.
 
@@ -37,6 +38,7 @@ def export_model(
         folder: is replaced if it exists.
         data_config: preprocessing used in validation: input_size, mean, std, interpolation, crop_pct, crop_mode.
         label_names: class names by index.
+        about: a sentence for its README.
 
     Returns:
         The folder.
@@ -56,7 +58,7 @@ def export_model(
             for key in _BASE_WEIGHTS_KEYS:
                 config['pretrained_cfg'].pop(key, None)
             config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding='utf-8')
-            (parts / 'README.md').write_text(_how_to_load(model, folder.name), encoding='utf-8')
+            (parts / 'README.md').write_text(_how_to_load(model, folder.name, about), encoding='utf-8')
             if folder.exists():
                 shutil.rmtree(folder)
             parts.rename(folder)
@@ -128,14 +130,15 @@ def _save_for_hf(model: nn.Module, folder: Path, model_config: dict[str, Any], d
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from e
 
 
-def _how_to_load(model: nn.Module, folder: str) -> str:
+def _how_to_load(model: nn.Module, folder: str, about: str) -> str:
     """Return a README: the lines that load a model folder. Networks of ours need our registration first."""
     package = __package__.partition('.')[0]
     ours = type(model).__module__.partition('.')[0] == package
     name = f'local-dir:path/to/{folder}'  # quoted as Python does: a backtick or a line's end stays within it
     registers = f"import {package}  # puts {_architecture(model)} into timm's registry\n"
     return (
-        f'# {_architecture(model)}\n\nA timm model folder, distilled with {package}.\n\n```python\n'
+        f'# {_architecture(model)}\n\nA timm model folder, distilled with {package}. {about}'.rstrip()
+        + '\n\n```python\n'
         f'{registers if ours else ""}import timm\n\n'
         f'model = timm.create_model({name!r}, pretrained=True).eval()\n'
         'config = timm.data.resolve_data_config({}, model=model, use_test_size=True)\n'

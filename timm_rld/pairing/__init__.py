@@ -1,7 +1,7 @@
 """Teacher and student: where they may differ, in classes, size, channels, normalisation and weights."""
 
 from .class_map import match_classes, read_class_map
-from .pair import Pair, audit, check_kwargs, create_pair, create_student, create_teacher
+from .pair import Pair, audit, check_kwargs, create_pair, create_student, create_teacher, teacher_skeleton
 from .teacher import (
     Normalize,
     Teacher,
@@ -20,5 +20,5 @@ __all__ = [
     'audit', 'build_model', 'check_accuracy', 'check_kwargs', 'constructor_arguments', 'create_normalize',
     'create_pair', 'create_student', 'create_teacher', 'has_batch_norm', 'has_fixed_size', 'least_teacher_accuracy',
     'load_weights', 'look_up', 'match_classes', 'ModelInfo', 'Normalize', 'Pair', 'read_class_map', 'resize_mode',
-    'resized_to', 'Teacher', 'to_memory_format', 'weights_digest', 'weights_file',
+    'resized_to', 'Teacher', 'teacher_skeleton', 'to_memory_format', 'weights_digest', 'weights_file',
 ]  # fmt: skip

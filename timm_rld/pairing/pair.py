@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .class_map import check_order, resolve_class_map
-from .teacher import Floats, Normalize, Teacher, create_normalize
+from .teacher import Floats, Normalize, Teacher, create_normalize, resized_to
 from .weights import ModelInfo, build_model, first_line, head_size, load_into, load_weights, look_up
 
 
@@ -175,6 +175,31 @@ def create_teacher(
         teacher.own_size = own
     _try_forward(model, (in_chans, *size), outputs, f'--teacher {name}')
     return teacher
+
+
+def teacher_skeleton(
+    name: str,
+    num_classes: int,
+    *,
+    checkpoint: str | None = None,
+    class_map: str | Sequence[int] | None = None,
+    in_chans: int = 3,
+    image_size: tuple[int, int] = (224, 224),
+    img_size: int | None = None,
+    **_: Any,
+) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return the network of :func:`create_teacher` without weights, on torch's meta device, and the (C, H, W) that it
+    takes: what its size can be told from where it is not loaded. Arguments as there."""
+    info, outputs = look_up(name, '--teacher'), num_classes
+    if class_map is not None:
+        state = load_weights(checkpoint, '--teacher-checkpoint') if checkpoint else {}
+        outputs = head_size(state, info.config) or info.num_classes
+    kwargs = dict(img_size=img_size) if img_size and info.config.get('fixed_input_size') else {}
+    with torch.device('meta'):
+        model = build_model(
+            info, '--teacher', pretrained=False, num_classes=outputs, in_chans=in_chans, fix='', **kwargs
+        )
+    return model, (in_chans, *(resized_to(info, img_size, image_size) or image_size))
 
 
 def _check_to_train(class_map: str | Sequence[int] | None, checkpoint: str | None) -> None:

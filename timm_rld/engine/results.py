@@ -1,0 +1,162 @@
+"""What a run says of its student and teacher once it is trained: model folders, predictions, figures, size, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..cache import TeacherCache
+from ..config import Config
+from ..data import Loader
+from ..distributed import main_only, main_writes
+from ..pairing import Pair, teacher_skeleton, to_memory_format
+from ..task import DistillationTask
+from .checkpoint import Checkpoints, Damaged, Position, read_checkpoint
+from .predictions import Recorder, figures, gather, record, write_predictions
+from .speed import Network, latencies, size_of
+from .state import wants_channels_last
+from .teacher_training import EvaluatedTeacher
+
+
+def export_students(
+    task: DistillationTask,
+    folder: Path,
+    results: dict[str, Any],
+    export: Callable[..., Path],
+    checkpoints: Checkpoints,
+    accelerator: Accelerator,
+) -> dict[str, dict[str, Any]]:
+    """Write the trained student as model folders: `student` (the last epoch), `student_ema` (the averaged weights, if
+    there are any), and `student_best` where the best epoch on validation is another one.
+
+    Args:
+        folder: of the run.
+        results: of the run: its `best_epoch` and `epochs`.
+        export: (model, folder, about=…) → the folder.
+        checkpoints: that of the best epoch is among them.
+
+    Returns:
+        For each folder its `weights` (`last`, `ema`, `best`) and `epoch`.
+    """
+    student, best, epochs = task.trainable_module, int(results['best_epoch']), int(results['epochs'])
+    folders: dict[str, dict[str, Any]] = {'student': {'weights': 'last', 'epoch': epochs}}
+    about = f'The weights are those of the last epoch ({epochs}).'
+    main_writes(accelerator, folder, export, student, folder / 'student', about=about)
+    if task.has_ema():
+        folders['student_ema'] = {'weights': 'ema', 'epoch': epochs}
+        about = f'The weights are the moving average after the last epoch ({epochs}).'
+        main_writes(accelerator, folder, export, task.trainable_module_ema.module, folder / 'student_ema', about=about)
+
+    def write_best() -> bool:
+        try:
+            weights = read_checkpoint(checkpoints.folder / Position('student', best, None, 0).name).weights['model']
+        except Damaged as e:
+            accelerator.print(f'note: no {folder / "student_best"}: the checkpoint of epoch {best} is damaged ({e})')
+            return False
+        last = {k: v.clone() for k, v in student.state_dict().items()}
+        student.load_state_dict(weights)
+        try:
+            about = f'The weights are those of epoch {best}, chosen as the best on the validation split itself.'
+            export(student, folder / 'student_best', about=about)
+        finally:
+            student.load_state_dict(last)
+        return True
+
+    if best != epochs and main_only(accelerator, write_best):
+        folders['student_best'] = {'weights': 'best', 'epoch': best}
+    return folders
+
+
+def describe_models(
+    pair: Pair,
+    teacher: EvaluatedTeacher,
+    recorder: Recorder,
+    loader: Loader,
+    accelerator: Accelerator,
+    config: Config,
+    folder: Path,
+) -> dict[str, Any]:
+    """Write predictions.parquet, and return what results.json says of the two networks. Called on every process.
+
+    Args:
+        teacher: of :func:`evaluate_teacher`.
+        recorder: of the student's last evaluation, which is made once more where it is empty. (Without epochs there
+            is no student.)
+        loader: of the validation split.
+        folder: of the run.
+
+    Returns:
+        `student` and `teacher`: size (:func:`size_of`), speed (:func:`latencies`) and :func:`figures`.
+    """
+    recorders: dict[str, Recorder] = {}
+    if config.epochs:
+        recorders['student'] = recorder or record_student(pair, loader, accelerator, config)
+        recorders['student'].finish(accelerator, pair.num_classes)
+    if teacher.top1 is not None:
+        recorders['teacher'] = teacher.recorder or _from_cache(teacher.cache, recorders['student'])
+    table = gather(recorders, accelerator, pair.num_classes, in_order=loader.sampler is None)
+    if not config.no_predictions and 'student' in recorders:
+        main_writes(accelerator, folder, write_predictions, folder / 'predictions.parquet', table, loader)
+    sizes = main_only(accelerator, lambda: describe_size_and_speed(pair, accelerator, config, list(recorders)))
+    return {
+        name: {**sizes[name], **figures(table, name, recorder.temperature, pair.num_classes)}
+        for name, recorder in recorders.items()
+    }
+
+
+def record_student(pair: Pair, loader: Loader, accelerator: Accelerator, config: Config) -> Recorder:
+    """Return the record of a student's evaluation as :func:`timm_rld.engine.fit` makes it, in its memory layout."""
+    student = pair.student.to(accelerator.device).eval()
+    normalize = pair.normalize.to(accelerator.device)
+    channels_last = wants_channels_last(config, accelerator)
+    to_memory_format(student, torch.channels_last if channels_last else torch.contiguous_format)
+    return record(lambda pixels: student(normalize(pixels)), loader, accelerator)
+
+
+def _from_cache(cache: TeacherCache | None, student: Recorder) -> Recorder:
+    """Return the record of a teacher's evaluation, of the images that the student's has, from the cache."""
+    assert cache is not None and student.columns is not None
+    recorder, indices, target = Recorder(), *(torch.from_numpy(student.columns[k]) for k in ('index', 'target'))
+    for part in torch.arange(len(indices)).split(1024):
+        recorder(indices[part], target[part], cache.validation_logits(indices[part].tolist()))
+    return recorder
+
+
+def describe_size_and_speed(
+    pair: Pair, accelerator: Accelerator, config: Config, names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return :func:`size_of` and, unless that is switched off, :func:`latencies` of a pair's networks.
+
+    The teacher's size is told from its network without weights, since the one that is loaded has its batch norms
+    folded, and with a complete cache none is; then its speed is left out. What cannot be found, as for want of memory,
+    is left out with a note: a run that has ended must not fail here.
+
+    Args:
+        names: `student`, `teacher`, or both.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    try:
+        networks: dict[str, Network] = {}
+        if 'student' in found:
+            found['student'] = size_of(pair.student, pair.data_config['input_size'])
+            networks['student'] = pair.student, pair.normalize
+        if 'teacher' in found:
+            skeleton = teacher_skeleton(
+                num_classes=pair.num_classes, image_size=pair.image_size, **config.arguments_of('create_teacher')
+            )
+            found['teacher'] = size_of(*skeleton)
+        if 'teacher' in found and pair.teacher is not None:
+            networks['teacher'] = pair.teacher.model, pair.teacher.normalize
+        if not config.no_speed:
+            sizes = (1, config.validation_batch_size or 1)
+            layout = wants_channels_last(config, accelerator)
+            measured = latencies(networks, pair.data_config['input_size'], sizes, accelerator, layout)
+            found = {name: {**found[name], **measured.get(name, {})} for name in found}
+    except Exception as e:
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        accelerator.print(f'note: size and speed are not in results.json ({why}); --no-speed leaves out the latter')
+    return found
