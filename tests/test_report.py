@@ -369,21 +369,22 @@ def test_the_mosaic_shows_the_very_pixels_of_epoch_1(planted, folder, tmp_path, 
     run = read_run(plant_run(tmp_path / 'other', ['a', 'b', 'c'], None, data_dir=str(folder),
                              **{'batch_size': 8, 'seed': 7, **flags}))  # fmt: skip
     images = open_images(run)
-    found = first_images(run, images, count=6)
+    found = first_images(run, images, count=20)
     config = images.config
     train, val = open_splits(**config.arguments_of('open_splits'))
     data = json.loads((run.folder / 'student' / 'config.json').read_text())['pretrained_cfg']
     loader, _ = create_loaders(train, val, data, **{**config.arguments_of('create_loaders'), 'workers': 0})
     loader.set_epoch(1)
-    pixels, target, _ = next(iter(loader))
-    pixels, mixed = Mixup(**config.arguments_of('Mixup'))(pixels, target, 1, 0)
-    first = min(1, len(target) - 6) if len(target) > 6 else 0
-    assert torch.equal(found.pixels, pixels[first : first + len(found.target)])
-    assert found.target == target[first : first + len(found.target)].tolist()
-    if isinstance(mixed, MixedTarget):
-        assert found.other == mixed.b[first : first + len(found.target)].tolist() and found.lam == mixed.lam
-    else:
-        assert found.other is None
+    mixup, seen = Mixup(**config.arguments_of('Mixup')), []
+    for number, (pixels, target, _) in enumerate(loader):
+        pixels, mixed = mixup(pixels, target, 1, number)
+        other, lam = (mixed.b, mixed.lam) if isinstance(mixed, MixedTarget) else (target, 1.0)
+        seen += [(p, *rest, lam) for p, *rest in zip(pixels, target.tolist(), other.tolist())]
+    places = [next(i for i, s in enumerate(seen) if torch.equal(s[0], p)) for p in found.pixels]
+    assert len(found.target) == 20 and places == sorted(set(places)) and max(places) <= 20
+    assert [(y, z, lam) for _, y, z, lam in (seen[i] for i in places)] == list(
+        zip(found.target, found.other, found.lam)
+    )
 
 
 def test_the_mosaic_shows_what_a_cached_teacher_said(planted, folder, tmp_path):

@@ -115,15 +115,15 @@ class Seen:
     Attributes:
         pixels: uint8 `[N, C, H, W]`.
         target: their classes.
-        other: of mixed images, the classes of those mixed in; else None.
-        lam: share of the first in a mixed image.
+        other: classes of what is mixed in; their own where nothing is.
+        lam: share of the image itself, the rest being that of the other.
         teacher: classes that a cached teacher gave them, or None.
     """
 
     pixels: Tensor
     target: list[int]
-    other: list[int] | None
-    lam: float
+    other: list[int]
+    lam: list[float]
     teacher: list[int] | None
 
     def pictures(self) -> list[str]:
@@ -146,18 +146,24 @@ def first_images(run: RunFiles, images: Images, count: int = 32) -> Seen | None:
     )  # fmt: skip
     assert loader.sampler is not None
     loader.set_epoch(1)
-    mixup = Mixup(**config.arguments_of('Mixup'))
-    batch = next(iter(loader.sampler))
-    keys = batch if len(batch) <= count else batch[: count + 1]  # an image is mixed with the one before it
-    read = [loader.dataset[key] for key in keys]
-    pixels, target = torch.stack([p for p, *_ in read]), torch.tensor([y for _, y, _ in read])
-    mixed: Tensor | MixedTarget
-    pixels, mixed = mixup(pixels, target, 1, 0)
-    first = 1 if len(keys) < len(batch) else 0
-    logits = _cached(config, [index for _, index in keys[first:]])
-    other, lam = (mixed.b[first:].tolist(), mixed.lam) if isinstance(mixed, MixedTarget) else (None, 1.0)
+    mixup, found = Mixup(**config.arguments_of('Mixup')), []
+    shown: list[tuple[int, int]] = []
+    for number, batch in enumerate(loader.sampler):
+        room = count - len(shown)
+        keys = batch if len(batch) <= room else batch[: room + 1]  # an image is mixed with the one before it
+        first = 0 if keys is batch else 1
+        read = [loader.dataset[key] for key in keys]
+        pixels, target = torch.stack([p for p, *_ in read]), torch.tensor([y for _, y, _ in read])
+        pixels, mixed = mixup(pixels, target, 1, number)
+        other, lam = (mixed.b, mixed.lam) if isinstance(mixed, MixedTarget) else (target, 1.0)
+        found += [(p, y, z, lam) for p, y, z in zip(pixels[first:], target[first:].tolist(), other[first:].tolist())]
+        shown += keys[first:]
+        if len(shown) == count:
+            break
+    seen, targets, others, lams = zip(*found)
+    logits = _cached(config, [index for _, index in shown])
     teacher = None if logits is None else logits.argmax(dim=1).tolist()
-    return Seen(pixels[first:], target[first:].tolist(), other, lam, teacher)
+    return Seen(torch.stack(seen), list(targets), list(others), list(lams), teacher)
 
 
 def data_config(run: RunFiles) -> dict[str, Any]:

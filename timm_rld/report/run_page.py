@@ -505,11 +505,9 @@ def seen(r: Report) -> dict[str, Any]:
     pictures = []
     for i, (source, target) in enumerate(zip(found.pictures(), found.target)):
         lines: list[str | tuple[str, str]] = [r.name(target)]
-        if found.other is not None and found.other[i] != target:
-            lines = [
-                f'{r.name(target)} {100 * found.lam:.0f} %',
-                f'{r.name(found.other[i])} {100 - 100 * found.lam:.0f} %',
-            ]
+        if found.other[i] != target:
+            share = 100 * found.lam[i]
+            lines = [f'{r.name(target)} {share:.0f}%', f'{r.name(found.other[i])} {100 - share:.0f}%']
         tone = ''
         if found.teacher is not None:
             tone = 'good' if found.teacher[i] == target else 'bad'
