@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from timm_rld.bench.measure import markdown, run_script
+from timm_rld.bench.photographs import write_photographs
 from timm_rld.config import Config, resolve, to_yaml
+from timm_rld.errors import UsageError
 from timm_rld.loss import CRITERIA
 
 
@@ -104,42 +107,48 @@ def plant_run(
 
 def plant_photographs(root: Path, classes: int, images: int, files: int = 200) -> np.ndarray:
     """Write folders of photographs: few files, and links to them. Returns the class of each validation image."""
-    from timm_rld.bench.photographs import write_photographs
-
     write_photographs(root / 'files', files, (500, 375))
     photographs = sorted((root / 'files').rglob('*.jpg'))
     for split, count in (('train', 2 * classes), ('validation', images)):
         for i in range(count):
-            folder = root / split / f'class {i % classes:04}'
+            folder = root / split / f'class {i % classes:05}'
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f'{i:06}.jpg').symlink_to(photographs[i % files])
     return np.repeat(np.arange(classes), -(-images // classes))[:images]
 
 
-def main() -> None:
-    """Plant a run, and measure `timm-rld report` on it as a program of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--images', type=int, default=50_000, help='of the validation split (default: 50000)')
-    parser.add_argument('--classes', type=int, default=1000, help='default: 1000')
-    parser.add_argument('--epochs', type=int, default=100, help='default: 100')
-    args = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--images', type=int, default=50_000, metavar='N', help='of validation (default: 50000)')
+    parser.add_argument('--num-classes', type=int, default=1000, metavar='N', help='default: 1000')
+    parser.add_argument('--epochs', type=int, default=100, metavar='N', help='default: 100')
+
+
+def run(args: argparse.Namespace) -> str:
+    """Plant a run, and measure `timm-rld report` on it as a program of its own; a table as Markdown."""
+    for name, least in (('images', 1), ('num_classes', 2), ('epochs', 1)):
+        if getattr(args, name) < least:
+            raise UsageError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be at least {least}')
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / 'photographs'
-        target = plant_photographs(root, args.classes, args.images)
-        columns = plant_predictions(target, args.classes, [f'class {c:04}/{i}.jpg' for i, c in enumerate(target)],
-                                    {'student': 0.7, 'teacher': 0.76})  # fmt: skip
-        run = plant_run(Path(folder) / 'run', [f'class {c:04}' for c in range(args.classes)], columns,
-                        epochs=args.epochs, size=224, data_dir=str(root))  # fmt: skip
+        root, names = Path(folder) / 'photographs', [f'class {c:05}' for c in range(args.num_classes)]
+        target = plant_photographs(root, args.num_classes, args.images)
+        files = [f'{names[c]}/{i}.jpg' for i, c in enumerate(target)]
+        columns = plant_predictions(target, args.num_classes, files, {'student': 0.7, 'teacher': 0.76})
+        planted = plant_run(Path(folder) / 'run', names, columns, epochs=args.epochs, size=224, data_dir=str(root))
         started = time.perf_counter()
-        subprocess.run([sys.executable, '-m', 'timm_rld', 'report', str(run)], check=True)
+        command = [sys.executable, '-m', 'timm_rld', 'report', str(planted)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
         seconds = time.perf_counter() - started
-        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        page = run / 'report.html'
-        print('| images | classes | seconds | memory, MiB | page, MB |\n| --- | --- | --- | --- | --- |')
-        print(
-            f'| {args.images:,} | {args.classes:,} | {seconds:.1f} | {memory:.0f} | {page.stat().st_size / 1e6:.2f} |'
-        )
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # Linux counts KiB
+        row: dict[str, float | str] = {
+            'images': f'{args.images:,}', 'classes': f'{args.num_classes:,}', 'seconds': seconds,
+            'memory, MiB': f'{memory:.0f}', 'page, MB': (planted / 'report.html').stat().st_size / 1e6,
+        }  # fmt: skip
+    return markdown([row])
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(sys.modules[__name__], argv)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())
