@@ -387,6 +387,26 @@ def test_the_mosaic_shows_the_very_pixels_of_epoch_1(planted, folder, tmp_path, 
     )
 
 
+def test_the_statistics_of_the_mosaic_are_those_of_its_pixels(planted):
+    found = first_images(read_run(planted), open_images(read_run(planted)))
+    mean, std = found.statistics()
+    pixels = found.pixels.numpy() / 255
+    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 2, 3)))
+    np.testing.assert_allclose(std, pixels.std(axis=(0, 2, 3)))
+
+
+def test_predictions_are_read_in_the_order_of_their_index(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = plant_predictions(np.arange(9) % 3, 3, [f'{i}.png' for i in range(9)], {'student': 0.5})
+    table = pa.table(columns)
+    pq.write_table(table.take(np.random.default_rng(0).permutation(9)), tmp_path / 'p.parquet')
+    found = figures.read_predictions(tmp_path / 'p.parquet')
+    assert found.index.tolist() == list(range(9)) and found.file[4] == '4.png' and found.teacher is None
+    assert found.student.loss.tolist() == columns['student_loss'].tolist()
+
+
 def test_the_mosaic_shows_what_a_cached_teacher_said(planted, folder, tmp_path):
     import torch
 

@@ -69,22 +69,25 @@ def read_predictions(path: Path) -> Predictions | None:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path).sort_by('index')
+        with pq.ParquetFile(path) as file:  # read_table() would load pandas, 70 MB of it
+            table = file.read()
+        order = np.argsort(table.column('index').to_numpy(), kind='stable')
         column = {name: table.column(name) for name in table.column_names}
-        target = column['target'].to_numpy().astype(np.int64)
+        target = column['target'].to_numpy()[order].astype(np.int64)
         found: list[Answers | None] = []
         for who in ('student', 'teacher'):
             if f'{who}_top1' not in column and who == 'teacher':
                 found.append(None)
                 continue
-            top1, prob, target_prob, loss = (column[f'{who}_{name}'].to_numpy() for name in _COLUMNS)
+            top1, prob, target_prob, loss = (column[f'{who}_{name}'].to_numpy()[order] for name in _COLUMNS)
             prob, target_prob, loss = (x.astype(np.float64) for x in (prob, target_prob, loss))
             found.append(Answers(top1.astype(np.int64), prob, target_prob, loss, top1 == target))
         student, teacher = found
         if student is None or not len(target) or min(target.min(), student.top1.min()) < 0:
             raise ValueError('holds no images')
-        files = [name or '' for name in column['file'].to_pylist()]
-        return Predictions(column['index'].to_numpy().astype(np.int64), files, target, student, teacher)
+        names = column['file'].to_pylist()
+        files = [names[i] or '' for i in order]
+        return Predictions(column['index'].to_numpy()[order].astype(np.int64), files, target, student, teacher)
     except (OSError, ValueError, KeyError, TypeError) as e:
         why = f'no column {e}' if isinstance(e, KeyError) else str(e).partition('\n')[0]
         raise UserError(f'{path}: not a file of predictions ({why}); delete it to have a report without them') from e

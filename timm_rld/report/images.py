@@ -130,6 +130,13 @@ class Seen:
         """Return each as a data URI."""
         return [thumbnail(_image(p), SIZE) for p in self.pixels]
 
+    def statistics(self) -> tuple[Array, Array]:
+        """Return mean and deviation of each channel, pixels in 0..1."""
+        level = np.arange(256) / 255
+        counts = [torch.bincount(channel.flatten(), minlength=256).numpy() for channel in self.pixels.unbind(1)]
+        mean = np.array([np.average(level, weights=n) for n in counts])
+        return mean, np.array([np.average((level - m) ** 2, weights=n) ** 0.5 for m, n in zip(mean, counts)])
+
 
 def first_images(run: RunFiles, images: Images, count: int = 32) -> Seen | None:
     """Return the first images of epoch 1, made again by replay: the very pixels that both networks saw.

@@ -514,8 +514,7 @@ def seen(r: Report) -> dict[str, Any]:
             lines.append(('teacher', r.name(found.teacher[i])))
         pictures.append(Picture(source, lines, f'training image of {r.name(target)}', tone))
     config = data_config(r.run)
-    values = found.pixels.double().div(255).transpose(0, 1).flatten(1).numpy()
-    mean, std = values.mean(axis=1), values.std(axis=1)
+    mean, std = found.statistics()
     after_mean, after_std = (mean - config['mean']) / config['std'], std / np.asarray(config['std'])
     worst = int(np.argmax(abs(after_mean) + abs(np.log(np.maximum(after_std, 1e-6)))))
     of_data = {'data_mean': ' '.join(f'{x:.3f}' for x in mean), 'data_std': ' '.join(f'{x:.3f}' for x in std)}
