@@ -266,6 +266,7 @@ BASE = dict(
     run='RUN', name='run', train='TRAIN', train_none='NONE', report_baseline='B', compare='C', compare_kd='CK',
     compare_dkd='CD', twice_epochs=20, teacher_family='*resnet*', student_family='*resnet*', again='A',
     with_augmentation='WA', check_data='D', bench='BENCH', half_weight=0.5, gentler='--crop-padding 2', larger=64,
+    better_teacher='BT',
     student_top1=90.0, teacher_top1=92.0, best_epoch=7, suspects_file='S', images=1000, no_aug=False, behind=2.0,
 )  # fmt: skip
 OF_ANSWERS = dict(suspects=2, suspects_share=0.2, wrong=100, only_teacher=30, only_student=10, neither=60)
@@ -276,11 +277,12 @@ CASES = {
     ('verdict', 'gain'): GAIN,
     ('verdict', 'loss'): dict(gain=-1.0, gain_low=-1.8, gain_high=-0.2),
     ('verdict', 'chance'): dict(gain=0.3, gain_low=-0.2, gain_high=0.8),
+    ('verdict', 'ahead'): dict(ahead=2.0, ahead_low=0.5, ahead_high=3.5, behind_low=-3.5, behind_high=-0.5),
     ('verdict', 'as good'): dict(behind_low=-0.5, behind_high=4.5),
     ('verdict', 'behind'): dict(behind_low=0.5, behind_high=3.5),
     ('verdict', 'unmeasured'): {},
     ('verdict', 'alone'): dict(train_none=None),
-    ('answers', 'labels'): {**OF_ANSWERS, 'suspects': 11},
+    ('answers', 'labels'): {**OF_ANSWERS, 'suspects': 16},
     ('answers', 'teacher knows more'): {**OF_ANSWERS, 'only_teacher': 80},
     ('answers', 'student corrects'): {**OF_ANSWERS, 'only_student': 20},
     ('answers', 'alike'): OF_ANSWERS,
@@ -333,6 +335,13 @@ def test_a_threshold_is_where_the_sentence_changes(rule):
     facts = {**BASE, **CASES[rule.block, rule.name]}
     assert rule.when(facts, rule.threshold)
     assert not (rule.when(facts, 1e9) and rule.when(facts, -1e9))
+
+
+def test_a_command_is_broken_between_flags_and_can_be_copied_whole(planted):
+    (shown,) = re.findall(r'<pre class="command">(.*?)</pre>', block(page_of(planted), 'verdict'))
+    assert re.sub('<[^>]+>', '', shown) == (
+        f'accelerate launch train_distill.py --config {planted}/args.yaml --distill none --experiment run-none'
+    )
 
 
 def test_the_commands_of_a_report_can_be_run(planted):

@@ -73,6 +73,12 @@ RULES: tuple[Rule, ...] = (
         '{compare}',
     ),
     Rule(
+        'verdict', 'ahead', ('ahead_low', 'train_none'), lambda f, t: f['ahead_low'] > t, 0.0,
+        'The student is {ahead:.2f} points better than its teacher (95% interval {ahead_low:.2f} to '
+        '{ahead_high:.2f}): a teacher that is trained longer, or a larger one, has more to teach.',
+        '{better_teacher}',
+    ),
+    Rule(
         'verdict', 'as good', ('behind_low', 'train_none'), lambda f, t: f['behind_low'] <= t, 0.0,
         'The student is as good as its teacher on these {images:,} images ({behind:+.2f} points behind, 95% interval '
         '{behind_low:+.2f} to {behind_high:+.2f}); whether it owes that to distilling, only a run without it can say.',
@@ -93,7 +99,8 @@ RULES: tuple[Rule, ...] = (
          'This run has no teacher: it is what a distilled student is to be compared with.', '{report_baseline}'),
     # ---- 2 right and wrong
     Rule(
-        'answers', 'labels', ('suspects',), lambda f, t: f['suspects'] >= max(3, t * f['images'] / 100), 1.0,
+        'answers', 'labels', ('suspects', 'neither'),
+        lambda f, t: f['suspects'] >= max(3, t * f['images'] / 100) and f['suspects'] > f['neither'] / 4, 1.0,
         'For {suspects:,} images ({suspects_share:.1f} %) both networks confidently name the same class, and it is not '
         'the label: look at these labels before anything else.', 'head -n 31 {suspects_file}', 'bad',
     ),
@@ -106,8 +113,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         'answers', 'student corrects', ('only_teacher',), lambda f, t: f['only_student'] >= t * f['only_teacher'], 0.5,
-        'The student is right on {only_student:,} images on which its teacher is wrong, nearly as many as the reverse '
-        '({only_teacher:,}); refined logits claim their gain here, and kd beside rld would show it.',
+        'The student is right on {only_student:,} images on which its teacher is wrong, the reverse holds for '
+        '{only_teacher:,}: refined logits claim their gain here, and kd beside rld would show it.',
         '{compare_kd}', 'good',
     ),
     Rule(

@@ -112,7 +112,8 @@ def base_facts(r: Report) -> dict[str, Any]:
     trained = (run / 'teacher' / 'config.json').exists()
     teacher = ['--teacher', f'local-dir:{run / "teacher"}', '--teacher-epochs', '0', '--teacher-pretrained']
     both = [*config, *(teacher if trained else [])]
-    train = ['accelerate', 'launch', 'train_distill.py', *both]
+    start = ['accelerate', 'launch', 'train_distill.py']
+    train = [*start, *both]
     name, out = shlex.quote(run.name), f'{run}-compare'
     epochs, options = results['epochs'], results.get('distill_options') or {}
     temperature = options.get('temperature')
@@ -135,6 +136,8 @@ def base_facts(r: Report) -> dict[str, Any]:
         'train_none': None if own != results['distill'] else (
             f'{shlex.join(train)} --distill none --experiment {name}-none'
         ),
+        'better_teacher': f'{shlex.join([*start, *config])} --teacher-epochs {2 * longer} --experiment {name}-taught'
+        if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(results.get('teacher'))}'",
         'report_baseline': shlex.join(['timm-rld', 'report', 'RUN', '--baseline', str(run)]),
         'compare': comparison('none', own), 'compare_kd': comparison('kd', 'rld'),
         'compare_dkd': comparison(own, 'dkd' if own != 'dkd' else 'rld'), 'twice_epochs': 2 * epochs,
@@ -193,7 +196,7 @@ def _differences(r: Report) -> Table | None:
     if p and p.teacher is not None:
         low, high = sorted(-x for x in figures.paired_difference(p.student.right, p.teacher.right)[1:])
         behind = -figures.paired_difference(p.student.right, p.teacher.right)[0]
-        r.facts.update(behind=behind, behind_low=low, behind_high=high)
+        r.facts.update(behind=behind, behind_low=low, behind_high=high, ahead=-behind, ahead_low=-high, ahead_high=-low)
         rows.append(_difference_row('student − teacher', -behind, (-high, -low)))
     elif teacher_top1 is not None:
         r.facts['behind'] = teacher_top1 - results['student_top1']
@@ -232,14 +235,22 @@ def _sizes(r: Report) -> Table | None:
         if a is not None:
             ratio = f'{b / a:.2f}×' if b and a else ''
             rows.append([title, shown(a), shown(b) if b is not None else '', ratio])
+    device = student.get('latency_device')
     latency, theirs = student.get('latency_ms') or {}, teacher.get('latency_ms') or {}
     for batch, ms in latency.items():
         other = theirs.get(batch)
-        device = student.get('latency_device') or ''
-        name = f'latency, batch of {batch}' + (f' ({device})' if device else '')
+        name = f'latency, batch of {batch}'
         ratio = f'{other / ms:.2f}×' if other and ms else ''
         rows.append([name, f'{ms:.2f} ms', f'{other:.2f} ms' if other else '', ratio])
-    return Table(['quantity', 'student#', 'teacher#', 'teacher / student#'], rows, 'Size and speed') if rows else None
+    return (
+        Table(
+            ['quantity', 'student#', 'teacher#', 'teacher / student#'],
+            rows,
+            f'Size and speed ({device})' if device else 'Size and speed',
+        )
+        if rows
+        else None
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- right and wrong
@@ -553,7 +564,9 @@ def time_spent(r: Report) -> dict[str, Any]:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f'{hours} h {minutes:02} min' if hours else f'{minutes} min {rest:02} s' if minutes else f'{seconds:.1f} s'
+    if hours or minutes >= 10:
+        return f'{hours} h {minutes:02} min' if hours else f'{minutes} min'
+    return f'{minutes} min {rest:02} s' if minutes else f'{seconds:.1f} s'
 
 
 def settings(r: Report) -> dict[str, Any]:
