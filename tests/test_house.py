@@ -52,7 +52,6 @@ FLOORS = {
         'hub',
     },
     # 5
-    'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
     'inference': {
         'errors',
         'files',
@@ -65,8 +64,23 @@ FLOORS = {
         'hub',
         'engine',
     },
+    'report': {'errors', 'files', 'metrics', 'config', 'loss', 'data', 'run_folder', 'cache'},
     # 6
-    '__main__': {'errors', 'config', 'loss', 'models', 'run_folder', 'cache', 'hub', 'compare', 'bench', 'inference'},
+    'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
+    # 7
+    '__main__': {
+        'errors',
+        'config',
+        'loss',
+        'models',
+        'run_folder',
+        'cache',
+        'hub',
+        'compare',
+        'bench',
+        'inference',
+        'report',
+    },  # fmt: skip
     # it loads each public name's room when the name is first used
     '__init__': {'models'},
 }

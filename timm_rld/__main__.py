@@ -50,6 +50,13 @@ def verify_cache(args: argparse.Namespace) -> None:
                  teacher_checkpoint=args.teacher_checkpoint, device=args.device))  # fmt: skip
 
 
+def report(args: argparse.Namespace) -> None:
+    """Write the report of a run or a comparison."""
+    from .report import write_report
+
+    write_report(args.folder, args.output, baseline=args.baseline, data_dir=args.data_dir)
+
+
 def push(args: argparse.Namespace) -> None:
     """Push a finished run."""
     from .hub import push_run
@@ -159,6 +166,15 @@ def parse(argv: list[str]) -> None:
     what.set_defaults(run=verify_cache)
 
     add_inference(verbs)
+
+    verb = verbs.add_parser('report', help='a page of a run, or of a comparison: figures, pictures, what to try next',
+                            description='One HTML file that opens offline, and tables as CSV beside it.',
+                            allow_abbrev=False)  # fmt: skip
+    verb.add_argument('folder', metavar='RUN', help='the folder of a run, or of a comparison')
+    verb.add_argument('--baseline', metavar='RUN', help='a run with --distill none to compare with')
+    verb.add_argument('--output', metavar='FILE', help='default: report.html in the folder')
+    verb.add_argument('--data-dir', metavar='DIR', help='where the data lie now, if they have been moved')
+    verb.set_defaults(run=report)
 
     verb = verbs.add_parser('push', help='push a finished run to the Hugging Face Hub', allow_abbrev=False,
                              description='The token comes from HF_TOKEN or `hf auth login`.')  # fmt: skip

@@ -1,0 +1,143 @@
+"""The report of a comparison: compare.json in, the context of `compare.html` out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import figures, plots
+from .page import Cell, Table, render
+from .rules import finding
+
+
+def read_comparison(folder: Path) -> dict[str, Any] | None:
+    """Return what compare.json of a folder holds; None where there is none.
+
+    Raises:
+        UserError: where it is damaged.
+    """
+    file = folder / 'compare.json'
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding='utf-8'))
+        found['criteria'], found['runs'], found['seeds'], found['teacher'], found['student'], found['flags']
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{file}: is damaged; the command of the comparison writes it again') from e
+
+
+def baseline_of(run: Path) -> Path | None:
+    """Return the run without distillation of the comparison that a run is part of, of the same seed; None where there
+    is none."""
+    found = read_comparison(run.parent)
+    runs = found['runs'] if found else []
+    seed = next((row['seed'] for row in runs if row['run'] == run.name and row['criterion'] != 'none'), None)
+    names = (row['run'] for row in runs if row['criterion'] == 'none' and row['seed'] == seed)
+    return next((run.parent / name for name in names if '/' not in name), None)
+
+
+def compare_page(folder: Path, found: dict[str, Any]) -> str:
+    """Return the page of a comparison."""
+    runs = found['runs']
+    by_name = {e['criterion']: {r['seed']: r for r in runs if r['criterion'] == e['criterion']}
+               for e in found['criteria']}  # fmt: skip
+    names = [name for name, rows in by_name.items() if rows]
+    reference = next((n for n in names if n.partition(':')[0] == 'rld'), names[0] if names else None)
+    facts = comparison_facts(folder, found, by_name, reference)
+    return render(
+        'compare.html', folder=folder.name, found=found, meaning=finding('comparison', facts),
+        table=_table(found, reference), top1=_top1_plot(by_name, names) if names else None,
+        differences=_differences(by_name, names, reference), runs=_runs_table(runs),
+        title=f'{found["student"]} from {found["teacher"]}', seeds=' '.join(map(str, found['seeds'])),
+    )  # fmt: skip
+
+
+def comparison_facts(
+    folder: Path, found: dict[str, Any], by_name: dict[str, dict[int, Any]], reference: str | None
+) -> dict[str, Any]:
+    """Return what the rules see: the reference (rld) beside the best of the others, on the same seeds."""
+    facts: dict[str, Any] = {'seeds': len(found['seeds']), **_commands(folder, found, by_name, reference)}
+    others = {n: figures.paired_values(by_name[reference], rows) for n, rows in by_name.items()
+              if n != reference} if reference else {}  # fmt: skip
+    others = {n: values for n, values in others.items() if len(values) > 1}
+    if others:
+        second = min(others, key=lambda n: figures.mean_interval(others[n])[0])
+        gain, half = figures.mean_interval(others[second])
+        facts.update(reference=reference, second=second, gain=gain, gain_half=half)
+    return facts
+
+
+def _commands(
+    folder: Path, found: dict[str, Any], by_name: dict[str, dict[int, Any]], reference: str | None
+) -> dict[str, str]:
+    flags = shlex.split(found['flags'])
+    more = [*map(str, found['seeds']), *(str(max(found['seeds'], default=-1) + i) for i in (1, 2))]
+    words = ['timm-rld', 'compare', '--criteria', *by_name, '--seeds', *more, '--output', str(folder), *flags]
+    runs = by_name.get(reference or '', {}).values()
+    best = max(runs, key=lambda r: r['top1'], default=None)
+    push = ['timm-rld', 'report', str(folder / best['run'])] if best else ['timm-rld', 'list', 'criteria']
+    return {'more_seeds': shlex.join(words), 'push': shlex.join(push)}
+
+
+def _table(found: dict[str, Any], reference: str | None) -> Table:
+    """The table of compare.md."""
+    several = len(found['seeds']) > 1
+    columns = ['criterion', 'top-1, last epoch#', 'best epoch#', 'gain over none#', f'{reference or "rld"} minus this#',
+               'agreement#', 'images/s#', 'seeds#']  # fmt: skip
+
+    def cell(value: float | None, shown: str = '.2f', spread: float | None = None) -> Cell | str:
+        if value is None:
+            return ''
+        return Cell(format(value, shown) + ('' if spread is None else f' ± {spread:.2f}'), value)
+
+    rows: list[list[Any]] = []
+    for e in found['criteria']:
+        if not e['seeds']:
+            rows.append([e['criterion'], 'failed', '', '', '', '', '', 0])
+            continue
+        rows.append([
+            e['criterion'], cell(e['top1'], spread=e['top1_std']), cell(e['top1_best'], spread=e['top1_best_std']),
+            cell(e['gain_over_none'], '+.2f'), cell(e['rld_minus_this'], '+.2f', e['interval']),
+            cell(e['agreement'], '.1f'), cell(e['images_per_second'], ',.0f'), e['seeds'],
+        ])  # fmt: skip
+    note = '± is the deviation over seeds; of differences, half the 95% interval' if several else 'One seed'
+    return Table(columns, rows, f'Top-1 and agreement in percent. {note}.')
+
+
+def _top1_plot(by_name: dict[str, dict[int, Any]], names: list[str]) -> Any:
+    groups = [(name, [row['top1'] for row in by_name[name].values()]) for name in names]
+    return plots.seeds('Top-1 of the last epoch', '%', groups, [figures.mean_interval(v) for _, v in groups])
+
+
+def _differences(by_name: dict[str, dict[int, Any]], names: list[str], reference: str | None) -> dict[str, Any] | None:
+    """How much better the reference is on each seed: a plot and a table."""
+    if reference is None:
+        return None
+    groups = [(f'minus {name}', figures.paired_values(by_name[reference], by_name[name]))
+              for name in names if name != reference]  # fmt: skip
+    groups = [(name, values) for name, values in groups if values]
+    if not groups:
+        return None
+    intervals = [figures.mean_interval(values) for _, values in groups]
+    rows = [
+        [f'{reference} {name}', Cell(f'{mean:+.2f}', mean), '' if half is None else f'{mean - half:+.2f} to '
+         f'{mean + half:+.2f}', ', '.join(f'{v:+.2f}' for v in values)]
+        for (name, values), (mean, half) in zip(groups, intervals)
+    ]  # fmt: skip
+    table = Table(['difference', 'mean#', '95% interval', 'on each seed'], rows)
+    return {
+        'plot': plots.seeds(f'{reference}, on the same seed', 'points', groups, intervals, zero=True),
+        'table': table,
+    }
+
+
+def _runs_table(runs: list[dict[str, Any]]) -> Table:
+    columns = ['criterion', 'seed#', 'top-1#', 'best epoch#', 'teacher#', 'agreement#', 'images/s#', 'folder']
+    keys = ('top1', 'top1_best', 'teacher_top1', 'agreement', 'images_per_second')
+    return Table(columns, [
+        [r['criterion'], r['seed'], *('' if r.get(k) is None else f'{r[k]:.2f}' for k in keys), r['run']] for r in runs
+    ])  # fmt: skip
