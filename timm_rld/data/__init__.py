@@ -1,5 +1,6 @@
 """Data: sources → (uint8 pixels, target, index), with replayable augmentation."""
 
+from .class_weights import class_counts, class_weights, describe_classes
 from .holdout import stratified_holdout
 from .loader import Loader, create_loaders
 from .mixup import MixedTarget, Mixup
@@ -8,6 +9,7 @@ from .sources import SAMPLE_NOTE, Source, open_split, open_splits
 from .transforms import eval_transform, train_transform
 
 __all__ = [
-    'create_loaders', 'eval_transform', 'Loader', 'MixedTarget', 'Mixup', 'open_split', 'open_splits', 'ReplaySampler',
-    'SAMPLE_NOTE', 'Source', 'Step', 'stratified_holdout', 'train_transform',
+    'class_counts', 'class_weights', 'create_loaders', 'describe_classes', 'eval_transform', 'Loader', 'MixedTarget',
+    'Mixup', 'open_split', 'open_splits', 'ReplaySampler', 'SAMPLE_NOTE', 'Source', 'Step', 'stratified_holdout',
+    'train_transform',
 ]  # fmt: skip

@@ -107,6 +107,11 @@ class Source:
         return '/'.join([*([archive] if archive else []), *([inner.name] if inner is not None else []), info.path])
 
     @property
+    def images(self) -> int:
+        """Images of the split, those that a streamed one declares to hold."""
+        return len(self) if self.declared is None else self.declared
+
+    @property
     def declared(self) -> int | None:
         """Images that a streamed split declares to hold; None where they can be counted."""
         return self.dataset.reader.num_samples if self.streamed else None

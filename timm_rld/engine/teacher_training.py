@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -20,6 +21,21 @@ from .checkpoint import Checkpoints
 from .evaluate import evaluate
 from .fit import fit
 from .state import wants_channels_last
+
+
+class TeacherFigures(NamedTuple):
+    """What an evaluation of the teacher found; None where there is no teacher.
+
+    Attributes:
+        top1, macro: percent; of an older cache there is no macro accuracy.
+        predictions: this process's predicted classes `[n]`.
+        digest: SHA-256 of its weights.
+    """
+
+    top1: float | None = None
+    macro: float | None = None
+    predictions: Tensor | None = None
+    digest: str | None = None
 
 
 def train_teacher(
@@ -76,7 +92,7 @@ def evaluate_teacher(
     config: Config,
     cache: TeacherCache | None = None,
     weights: Path | None = None,
-) -> tuple[float, Tensor, str | None]:
+) -> TeacherFigures:
     """Optimise a teacher for inference, evaluate it, print the result and where it differs from the student, and stop
     where it is near chance.
 
@@ -85,7 +101,7 @@ def evaluate_teacher(
         weights: the teacher's file, where it was trained here.
 
     Returns:
-        Its top-1 (percent), this process's predicted classes `[n]`, and the SHA-256 of its weights.
+        What was found.
 
     Raises:
         UserError: below `--min-teacher-acc`.
@@ -97,20 +113,20 @@ def evaluate_teacher(
     if cache is not None and cache.validated:
         assert loader.sampler is not None  # a stream has no cache
         loader.set_epoch(0)
-        top1, predictions, digest = cache.validation(loader.sampler.indices())
+        top1, macro, predictions, digest = cache.validation(loader.sampler.indices())
         predictions = predictions.to(accelerator.device)
     else:
         assert pair.teacher is not None
         metrics, predictions = evaluate(
             pair.teacher, loader, accelerator, on_batch=cache.write_validation if cache is not None else None
         )
-        top1, digest = metrics['top1'], weights_digest(pair.teacher)
+        top1, macro, digest = metrics['top1'], metrics['macro'], weights_digest(pair.teacher)
         if cache is not None:
-            cache.end_validation(top1, digest, pair.teacher.folded)
+            cache.end_validation(top1, macro, digest, pair.teacher.folded)
     found = f'teacher {config.teacher}: top-1 {top1:.2f} on {config.val_split}'
     accelerator.print('\n  '.join([found, *audit(pair)]))
     check_accuracy(str(config.teacher), top1, pair.num_classes, config.min_teacher_acc)
-    return top1, predictions, digest
+    return TeacherFigures(top1, macro, predictions, digest)
 
 
 def optimize_for_inference(pair: Pair, accelerator: Accelerator, config: Config) -> None:
