@@ -20,7 +20,7 @@ if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '3000')
 
 import timm_rld  # noqa: E402
-from timm_rld.config import Config, parse_args, resolve  # noqa: E402
+from timm_rld.config import Config, describe_derived, parse_args, resolve  # noqa: E402
 from timm_rld.errors import run_main  # noqa: E402
 
 
@@ -31,32 +31,33 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     from timm_rld import data, engine, hub, pairing, run_folder
     from timm_rld.cache import TeacherCache
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
-    from timm_rld.loss import choose_criterion
+    from timm_rld.loss import choose_criterion, published_defaults
     from timm_rld.resume import open_run
     from timm_rld.task import DistillationTask
 
     # ---- config
-    engine.check_settings(resolve(config))
+    config = resolve(config)
+    engine.check_settings(config)
     info, criterion = choose_criterion(config.distill, config.standardize, config.distill_kwargs)
     accelerator = create_accelerator(**config.arguments_of('create_accelerator'))
-    config = resolve(config, accelerator.num_processes, **info.defaults())
     log, is_main = accelerator.print, accelerator.is_main_process
     if config.push_to_hub:
-        config.hub_model_id = main_only(accelerator, lambda: hub.check_hub(**config.arguments_of('check_hub')))
+        config.give(hub_model_id=main_only(accelerator, lambda: hub.check_hub(**config.arguments_of('check_hub'))))
 
     # ---- data
     open_splits = functools.partial(data.open_splits, log=log, **config.arguments_of('open_splits'))
     train_split, val_split = main_first(accelerator, open_splits)
-    config.train_split = train_split.split  # what was taken belongs into args.yaml
-    config.val_split = val_split.split if config.val_fraction is None else None
+    config.give(train_split=train_split.split, val_split=None if config.val_fraction else val_split.split)
     main_only(accelerator, lambda: data.first_look(train_split, val_split, config.on_bad_image, log))
     num_classes, class_names = train_split.num_classes, train_split.class_names
+    config = resolve(config, accelerator.num_processes, train_split.images, published_defaults)
+    for line in (*describe_derived(config), *data.describe_classes(train_split)):
+        log(line)
+    class_weights = data.class_weights(train_split, **config.arguments_of('class_weights'))
 
     # ---- student, teacher
     torch.manual_seed(config.seed)  # before each of the two, so that neither's start depends on the other
     of_student = {**config.arguments_of('create_student'), **pairing.check_kwargs(config.model_kwargs)}
-    if config.train_crop_mode == 'pad':  # it keeps the scale of the whole image
-        of_student['crop_pct'] = config.crop_pct or 1.0
     pair = pairing.create_student(num_classes=num_classes, **of_student)
     train_teacher, cache = config.teacher is not None and config.teacher_epochs > 0, None
     if config.teacher_cache and criterion is not None and config.epochs:
@@ -86,34 +87,33 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     teacher = evaluate_teacher() if config.teacher is not None and not train_teacher else engine.EvaluatedTeacher()
 
     folder = open_run(config, accelerator, train_split, val_split)
-    checkpoints = engine.Checkpoints(folder / 'checkpoints', config.checkpoint_hist, log)
+    checkpoints = engine.Checkpoints(folder / 'checkpoints', config.checkpoint_hist, log, config.best_by)
     checkpoints.prepare(config.resume, accelerator)
     if config.on_bad_image == 'skip':
         train_loader.skip_bad_images(folder / 'bad_images.txt')
     accelerator.init_trackers('timm_rld', config={'command': command})
     run_on = dict(accelerator=accelerator, train_loader=train_loader, val_loader=val_loader, checkpoints=checkpoints)
     if train_teacher:
-        weights = engine.train_teacher(pair, folder, config=config, class_names=class_names, **run_on)
-        teacher = evaluate_teacher(weights)
+        teacher = evaluate_teacher(engine.train_teacher(pair, folder, config=config, class_names=class_names, **run_on))
 
     # ---- criterion, task → fit → export
     results = dict(
         config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=dict(info.options),
-        num_classes=num_classes, teacher_top1=teacher.top1, command=command, paper=info.cited,
-        teacher_sha256=teacher.digest, versions=run_folder.versions(),
+        num_classes=num_classes, teacher_top1=teacher.top1, teacher_macro=teacher.macro, command=command,
+        paper=info.cited, teacher_sha256=teacher.digest, versions=run_folder.versions(),
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
         task = DistillationTask(
             pair.student, pair.teacher if criterion is not None else None, criterion, normalize=pair.normalize,
-            cache=cache, **config.arguments_of('DistillationTask'),
+            cache=cache, class_weights=class_weights, **config.arguments_of('DistillationTask'),
         )  # fmt: skip
         export = functools.partial(hub.export_model, data_config=pair.data_config, label_names=class_names)
         if config.push_to_hub and is_main:
             checkpoints.on_epoch_end = hub.BackgroundPush(
                 folder, dict(results), pair.student, export, log, **config.arguments_of('BackgroundPush')
             )
-        results |= run_folder.outcome(engine.fit(task, config=config, **logs, **run_on))
+        results |= run_folder.outcome(engine.fit(task, config=config, **logs, **run_on), config.best_by)
         results['student_folders'] = engine.export_students(task, folder, results, export, checkpoints, accelerator)
     results['models'] = engine.describe_models(pair, teacher, logs['recorder'], val_loader, accelerator, config, folder)
     main_writes(accelerator, folder, run_folder.write_results, folder, results)

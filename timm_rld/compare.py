@@ -32,7 +32,7 @@ _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-_COLUMNS = ('criterion', 'seed', 'top1', 'top1_best', 'teacher_top1', 'agreement', 'images_per_second', 'run')
+_COLUMNS = ('criterion', 'seed', 'top1', 'top1_best', 'macro', 'teacher_top1', 'agreement', 'images_per_second', 'run')
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def compare(
             continue
         versions = results['versions']
         values = (
-            variant.label, seed, results['student_top1'], results['student_top1_best'], results['teacher_top1'],
-            results['agreement'], results['train_images_per_second'], folder.name,
+            variant.label, seed, results['student_top1'], results['student_top1_best'], results.get('student_macro'),
+            results['teacher_top1'], results['agreement'], results['train_images_per_second'], folder.name,
         )  # fmt: skip
         rows.append(dict(zip(_COLUMNS, values)))
     found = {
@@ -166,7 +166,7 @@ def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list
     figure: they are None.
 
     Args:
-        rows: a dict a run, with `criterion`, `seed`, `top1`, `top1_best`, `agreement`, `images_per_second`.
+        rows: a dict a run, with `criterion`, `seed`, `top1`, `top1_best`, `macro`, `agreement`, `images_per_second`.
         names: of criteria, in the order that they are to have, with or without a run.
 
     Returns:
@@ -185,8 +185,8 @@ def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list
             entry[key], entry[f'{key}_std'] = _mean_std([r[key] for r in runs.values()])
         entry['gain_over_none'] = _difference(runs, none)[0] if none and name != 'none' else None
         entry['rld_minus_this'], entry['interval'] = _difference(rld, runs) if rld not in (None, runs) else (None, None)
-        for key in ('agreement', 'images_per_second'):
-            values = [r[key] for r in runs.values() if r[key] is not None]
+        for key in ('macro', 'agreement', 'images_per_second'):
+            values = [r[key] for r in runs.values() if r.get(key) is not None]
             entry[key] = statistics.fmean(values) if values else None
         found.append(entry)
     return found
@@ -214,14 +214,14 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         f'{found["teacher"]}{teacher} → {found["student"]}, {found["epochs"]} epochs, seeds {shown}.',
         '',
-        '| criterion | top-1, last epoch | best epoch | gain over none | '
+        '| criterion | top-1, last epoch | best epoch | macro accuracy | gain over none | '
         f'{reference} minus this | agreement | images/s |',
-        '| --- | --- | --- | --- | --- | --- | --- |',
+        '| --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
     for e in found['criteria']:
         name = e['criterion'] + (f' ({e["seeds"]} of {len(seeds)} seeds)' if 0 < e['seeds'] < len(seeds) else '')
         if not e['seeds']:
-            lines.append(f'| {name} | failed | | | | | |')
+            lines.append(f'| {name} | failed | | | | | | |')
             continue
         last, best = (
             f'{e[k]:.2f}' + ('' if e[f'{k}_std'] is None else f' ± {e[f"{k}_std"]:.2f}') for k in ('top1', 'top1_best')
@@ -231,7 +231,10 @@ def markdown(found: dict[str, Any]) -> str:
         if against and e['interval'] is not None:
             against += f' ± {e["interval"]:.2f}'
         agreement = '' if e['agreement'] is None else f'{e["agreement"]:.1f}'
-        lines.append(f'| {name} | {last} | {best} | {gain} | {against} | {agreement} | {e["images_per_second"]:.0f} |')
+        macro = '' if e['macro'] is None else f'{e["macro"]:.2f}'
+        lines.append(
+            f'| {name} | {last} | {best} | {macro} | {gain} | {against} | {agreement} | {e["images_per_second"]:.0f} |'
+        )
     if len(seeds) == 1:
         lines += ['', 'One seed: no deviation and no interval can be given; a difference may be chance.']
     else:
@@ -241,8 +244,8 @@ def markdown(found: dict[str, Any]) -> str:
         lines += ['Failed, and so not in these figures: '
                   + ', '.join(f'{f["criterion"]} seed {f["seed"]}' for f in found['failed']) + '.']  # fmt: skip
     lines += [
-        'Top-1 and agreement (same prediction as the teacher) in percent. `best epoch` is chosen on the validation '
-        'split itself.',
+        'Top-1, macro accuracy (mean over the classes, last epoch) and agreement (same prediction as the teacher) in '
+        'percent. `best epoch` is chosen on the validation split itself.',
         '',
     ]
     return '\n'.join(lines)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .config import Config, flag_of, load_yaml, load_yaml_text, marked, to_yaml, warmup_epochs
-from .data import Source
+from .data import Source, class_weights
 from .data.images import DECODING_RULES
 from .distributed import raise_on_all
 from .errors import Stopped, UserError
@@ -40,7 +40,7 @@ def open_run(config: Config, accelerator: Accelerator, train: Source, val: Sourc
 
     # check_settings() and resolve() have seen to these
     assert config.student is not None and config.epochs is not None and isinstance(config.workers, int)
-    facts = gather_facts(accelerator, train, val, config.workers)
+    facts = gather_facts(accelerator, train, val, config.workers, **config.arguments_of('gather_facts'))
     name = config.experiment or '-'.join(
         [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(config.student), config.distill]
     )
@@ -55,7 +55,7 @@ def open_run(config: Config, accelerator: Accelerator, train: Source, val: Sourc
             elif config.resume:
                 accelerator.print(f'--resume {config.resume}: nothing to resume in {folder}, starting a new run')
             held_out = val.keys() if config.val_fraction is not None else None
-            write_inputs(folder, to_yaml(dataclasses.replace(config, resume=None)), facts, held_out)
+            write_inputs(folder, to_yaml(config.changed(resume=None)), facts, held_out)
         except OSError as e:
             error = UserError(f'--output: {folder} cannot be written ({e.strerror or e}); give another --output')
         except UserError as e:
@@ -109,9 +109,13 @@ def _may_be_longer(config: Config, epochs: int) -> bool:
     return steady and warmup_epochs(dataclasses.replace(config, epochs=epochs)) == warmup_epochs(config)
 
 
-def gather_facts(accelerator: Accelerator, train: Source, val: Source, workers: int) -> dict[str, Any]:
-    """Return what a result depends on beside the settings, by name: data, processes, threads."""
+def gather_facts(
+    accelerator: Accelerator, train: Source, val: Source, workers: int, weights: str | None = None
+) -> dict[str, Any]:
+    """Return what a result depends on beside the settings, by name: data, processes, threads; with class weights what
+    they are, since their file may be another by now."""
     on_cpu = accelerator.device.type == 'cpu'
+    of_classes = class_weights(train, weights)
     return {
         'processes': accelerator.num_processes,
         'device': accelerator.device.type,
@@ -122,4 +126,5 @@ def gather_facts(accelerator: Accelerator, train: Source, val: Source, workers: 
         'classes': train.num_classes,
         'files and labels (a digest)': f'{train.digest()} {val.digest()}',
         'rules of decoding images': DECODING_RULES,
+        **({'class weights': [round(w, 6) for w in of_classes.tolist()]} if of_classes is not None else {}),
     }

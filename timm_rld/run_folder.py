@@ -97,19 +97,24 @@ def teacher_is_trained(folder: Path, weights: Path) -> bool:
     return True
 
 
-def best_epoch(history: list[dict[str, float]]) -> int:
-    """Return the first epoch of the highest validation top-1."""
-    return int(max(history, key=lambda row: row['eval_top1'])['epoch'])
+def best_epoch(history: list[dict[str, float]], by: str = 'top1') -> int:
+    """Return the first epoch of the highest validation `top1` or `macro` accuracy, or of the lowest `loss`."""
+    sign = -1 if by == 'loss' else 1
+    return int(max(history, key=lambda row: sign * row[f'eval_{by}'])['epoch'])
 
 
-def outcome(history: list[dict[str, float]]) -> dict[str, Any]:
+def outcome(history: list[dict[str, float]], best_by: str = 'top1') -> dict[str, Any]:
     """Return what results.json says of a student, from the rows of its log."""
-    last, best = history[-1], best_epoch(history)
+    last, best = history[-1], best_epoch(history, best_by)
     return dict(
         student_top1=last['eval_top1'],
         student_top1_best=history[best - 1]['eval_top1'],
+        student_macro=last.get('eval_macro'),
+        student_macro_best=history[best - 1].get('eval_macro'),
         best_epoch=best,
+        best_by=best_by,
         student_top1_ema=last.get('eval_top1_ema'),
+        student_macro_ema=last.get('eval_macro_ema'),
         agreement=last.get('eval_agreement'),
         train_images_per_second=len(history) / sum(1 / max(r['images_per_second'], 1e-9) for r in history),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from timm.loss import create_classification_loss
 from timm.task import TrainingTask
 from torch import Tensor, nn
@@ -31,6 +32,26 @@ class CachedLogits(Protocol):
     ) -> None: ...
 
 
+class WeightedCrossEntropy(nn.Module):
+    """Mean over the batch of weight[target] · CE. torch's own divides by the batch's sum of weights, so that a step
+    would depend on how its images are spread over batches and processes.
+
+    Args:
+        weights: of the classes `[C]`.
+        smoothing: of the labels.
+    """
+
+    def __init__(self, weights: Tensor, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.weights: Tensor
+        self.register_buffer('weights', weights, persistent=False)
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, target, label_smoothing=self.smoothing, reduction='none')
+        return (loss * self.weights[target]).mean()
+
+
 class DistillationTask(TrainingTask):
     """Cross-entropy and a distillation term: task_loss_weight · CE + distill_loss_weight · ramp · criterion.
 
@@ -46,6 +67,7 @@ class DistillationTask(TrainingTask):
         criterion: from :func:`create_distill_loss`, or its name. None for cross-entropy alone.
         task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row.
         smoothing: label smoothing of the cross-entropy.
+        class_weights: of the cross-entropy, `[C]`: the mean over a batch of weight[class] · CE. None: all 1.
         normalize: of the student; None for that of its `pretrained_cfg`.
         cache: of the teacher's logits; the teacher may then be None.
         device, dtype, verbose: as in timm.
@@ -64,6 +86,7 @@ class DistillationTask(TrainingTask):
         distill_loss_weight: float | None = None,
         warmup_epochs: int | None = None,
         smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
         normalize: Normalize | None = None,
         cache: CachedLogits | None = None,
         device: torch.device | None = None,
@@ -88,7 +111,9 @@ class DistillationTask(TrainingTask):
         self.cache = cache
         self.normalize = normalize if normalize is not None else create_normalize(student)
         self.criterion = criterion
-        self.task_criterion = create_classification_loss('ce', smoothing=smoothing)
+        self.task_criterion: nn.Module = create_classification_loss('ce', smoothing=smoothing)
+        if class_weights is not None:
+            self.task_criterion = WeightedCrossEntropy(class_weights, smoothing)
         self.ramp = 1.0
         self.to(self.device)
 

@@ -332,17 +332,20 @@ class TeacherCache:
         """Write the validation logits of a batch."""
         self._write(self._rows(self.validation_name), indices.numpy(), logits.detach().float())
 
-    def end_validation(self, top1: float, digest: str | None, folded: int) -> None:
+    def end_validation(self, top1: float, macro: float, digest: str | None, folded: int) -> None:
         """Note that all validation logits have been written; called on every process.
 
         Args:
-            top1: of the teacher, percent.
+            top1, macro: of the teacher, percent.
             digest: of its weights, for results.json.
             folded: how many of its batch norms are folded.
         """
         self.flush()
         self.accelerator.wait_for_everyone()
-        found = dict(facts=self.validation_facts, teacher_top1=top1, teacher_sha256=digest, folded_batch_norms=folded)
+        found = dict(
+            facts=self.validation_facts, teacher_top1=top1, teacher_macro=macro, teacher_sha256=digest,
+            folded_batch_norms=folded,
+        )  # fmt: skip
 
         def add() -> None:
             self.body = read_body(self.folder)  # another run may have added to it
@@ -355,9 +358,9 @@ class TeacherCache:
         self.body['validation'][self.validation_name] = found
         self.validated = True
 
-    def validation(self, indices: Sequence[int]) -> tuple[float, Tensor, str | None]:
-        """Return the teacher's top-1 on the validation split (percent), its predicted classes for the given images, and
-        the SHA-256 of its weights.
+    def validation(self, indices: Sequence[int]) -> tuple[float, float | None, Tensor, str | None]:
+        """Return the teacher's top-1 and macro accuracy on the validation split (percent), its predicted classes for
+        the given images, and the SHA-256 of its weights. Older caches hold no macro accuracy.
 
         Raises:
             UserError: where a row is damaged.
@@ -365,7 +368,7 @@ class TeacherCache:
         logits = self.validation_logits(indices)
         assert self.body is not None  # open() was called
         found = self.body['validation'][self.validation_name]
-        return found['teacher_top1'], logits.argmax(dim=1), found['teacher_sha256']
+        return found['teacher_top1'], found.get('teacher_macro'), logits.argmax(dim=1), found['teacher_sha256']
 
     def validation_logits(self, indices: Sequence[int]) -> Tensor:
         """Return the teacher's logits `[n, C]` on the given images of the validation split, float32, on the CPU.

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from ..errors import UsageError, did_you_mean
-from .settings import FIELDS, Config, flag_of, marked
+from .settings import FIELDS, Config, Origin, flag_of, marked
 
 # ------------------------------------------------------------------------------------------------ types and values
 
@@ -178,6 +178,11 @@ def load_yaml(path: str, flag: str = '--config', settings: type[Config] = Config
     Raises:
         UsageError: for a missing file, a file that is not a mapping, an unknown key, a wrong type or value.
     """
+    return _load_yaml(path, flag, settings)[0]
+
+
+def _load_yaml(path: str, flag: str, settings: type[Config]) -> tuple[dict[str, Any], Origin]:
+    """Return what :func:`load_yaml` does, and which of the values were derived."""
     try:
         data = yaml.load(find_recipe(path).read_text(encoding='utf-8'), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as e:
@@ -187,7 +192,11 @@ def load_yaml(path: str, flag: str = '--config', settings: type[Config] = Config
     if not isinstance(data, dict):
         kind = 'empty' if data is None else f'a {type(data).__name__}'
         raise UsageError(f'{flag} {path}: expected a mapping of settings (name: value), the file is {kind}')
-    values = {}
+    values: dict[str, Any] = {}
+    try:
+        origin = _read_origin(data, settings)
+    except ValueError as e:
+        raise UsageError(f'{flag} {path}: {e}') from None
     for key, value in data.items():
         if key not in settings.__dataclass_fields__:
             known = did_you_mean(str(key), settings.__dataclass_fields__, 1)
@@ -196,17 +205,40 @@ def load_yaml(path: str, flag: str = '--config', settings: type[Config] = Config
             values[key] = _check_value(key, value, settings)
         except ValueError as e:
             raise UsageError(f'{flag} {path}: {key}: {e}') from None
-    return values
+    return values, dataclasses.replace(origin, derived=tuple(name for name in origin.derived if name in values))
+
+
+def _read_origin(data: dict[str, Any], settings: type[Config] = Config) -> Origin:
+    """Take what :func:`to_yaml` wrote of the origin of derived values out of a file's mapping, and return it;
+    ValueError says what is wrong."""
+    derived, known = data.pop('derived', None) or [], data.pop('derived_from', None) or {}
+    names = settings.__dataclass_fields__
+    if not isinstance(derived, list) or not all(isinstance(name, str) for name in derived):
+        raise ValueError(f'derived: expected a list of settings, got {derived!r}')
+    if unknown := [name for name in derived if name not in names]:
+        raise ValueError(f"derived: unknown setting '{unknown[0]}'{did_you_mean(unknown[0], names, 1)}")
+    counts = isinstance(known, dict) and set(known) <= {'processes', 'images'}
+    if not counts or not all(type(n) is int and n > 0 for n in known.values()):
+        raise ValueError(f'derived_from: expected numbers of processes and images, got {known!r}')
+    return Origin(tuple(derived), **known)
 
 
 def load_yaml_text(text: str) -> dict[str, Any]:
     """Return the settings in :func:`to_yaml`'s text, converted as :func:`load_yaml` does."""
-    return {key: _check_value(key, value) for key, value in yaml.load(text, Loader=_Loader).items()}
+    data = yaml.load(text, Loader=_Loader)
+    _read_origin(data)
+    return {key: _check_value(key, value) for key, value in data.items()}
 
 
 def to_yaml(config: Config) -> str:
-    """Return the settings as YAML, which :func:`load_yaml` reads back to an equal Config."""
+    """Return the settings as YAML, which :func:`load_yaml` reads back to an equal Config. After them comes which of
+    them were derived, and with how many processes and training images, so that `--config` can derive them again."""
     data = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    origin = config.origin
+    if origin.derived:
+        counts = {'processes': origin.processes, 'images': origin.images}
+        data['derived_from'] = {name: n for name, n in counts.items() if n is not None}
+        data['derived'] = list(origin.derived)
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
@@ -300,7 +332,10 @@ def parse_args(
     parser = _parser(prog, epilog() if {'-h', '--help'} & {*argv} else '', settings)
     namespace, unknown = parser.parse_known_args(argv)
     given = vars(namespace)
-    from_file = load_yaml(given.pop('config'), settings=settings) if 'config' in given else {}
+    from_file: dict[str, Any] = {}
+    origin = Origin()
+    if 'config' in given:
+        from_file, origin = _load_yaml(given.pop('config'), '--config', settings)
     if unknown:
         first = unknown[0].split('=')[0]
         flags = [s for a in parser._actions for s in a.option_strings]
@@ -312,12 +347,26 @@ def parse_args(
         if from_file:
             raise UsageError(f'--resume {resume}: a run is resumed with its own settings; leave --config out')
         run = run_of(resume)
-        from_file = {
-            **load_yaml(str(run / 'args.yaml'), '--resume', settings),
-            'output': str(run.parent),
-            'experiment': run.name,
-        }
-    return settings(**{**_still_meant(from_file, values), **values})
+        from_file, origin = _load_yaml(str(run / 'args.yaml'), '--resume', settings)
+        from_file.update(output=str(run.parent), experiment=run.name)
+    kept = _still_meant(from_file, values)
+    config = settings(**{**kept, **values})
+    derived = tuple(name for name in origin.derived if name in kept and name not in values)
+    if resume == 'auto':
+        from_file, origin = _settings_of_run(config)
+    if origin.derived:
+        earlier = settings(**from_file)
+        earlier.origin = origin
+        config.origin = Origin(derived, earlier=earlier, resumed=resume is not None)
+    return config
+
+
+def _settings_of_run(config: Config) -> tuple[dict[str, Any], Origin]:
+    """Return the settings of the run that `--resume auto` continues, if there is one."""
+    file = Path(config.output or 'output').expanduser() / (config.experiment or '') / 'args.yaml'
+    if config.experiment is None or not file.is_file():
+        return {}, Origin()
+    return _load_yaml(str(file), '--resume', type(config))
 
 
 def run_of(path: str) -> Path:

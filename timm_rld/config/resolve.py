@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import UsageError
 from ..files import cores
+from .learning_rate import LARGEST_BATCH, SGD, family_of, scaled_rate
 from .settings import FIELDS, Config, flag_of
 
 
@@ -22,28 +24,61 @@ def uses_sample(config: Config) -> bool:
     return config.dataset is None and config.data_dir is None and config.labels is None
 
 
-def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
+def resolve(
+    config: Config,
+    num_processes: int = 1,
+    images: int | None = None,
+    published: Callable[..., dict[str, Any]] | None = None,
+) -> Config:
     """Fill in every default that does not depend on the networks: timm's own, or the sample's.
+
+    The result may be resolved again, once more is known: what was filled in is then derived anew. Of settings that were
+    read from an earlier run's args.yaml (`--config`) a derived value is kept, unless this function now gives another
+    one than for that run's own settings, processes and images; where the run is continued (`--resume`), it is kept.
 
     Args:
         num_processes: training processes, for the global batch that the learning rate scales with.
-        **published: defaults of the criterion, by setting.
+        images: of the training split, where they are known: no batch holds more.
+        published: returns defaults of the criterion by setting (:func:`timm_rld.loss.published_defaults`).
 
     Returns:
-        A copy.
+        A copy; its ``origin`` says what was filled in.
 
     Raises:
         UsageError: for settings that contradict each other.
     """
-    c = dataclasses.replace(config)
-    if c.resume is not None and c.experiment is None:
-        raise UsageError(f'--resume {c.resume}: which run? Give its --experiment (and --output), or --resume FOLDER')
+    given, origin = _given(config), config.origin
+    c = _fill_in(given, num_processes, images, published)
+    derived = [name for name in FIELDS if getattr(given, name) is None and getattr(c, name) is not None]
+    if (earlier := origin.earlier) is not None:
+        then = earlier.origin
+        if origin.resumed:
+            again = c
+        else:
+            its_images = then.images if images is not None else None
+            again = _fill_in(_given(earlier), then.processes or num_processes, its_images, published)
+        for name in derived:
+            if name in then.derived and getattr(again, name) == getattr(c, name):
+                setattr(c, name, getattr(earlier, name))
+    c.origin = dataclasses.replace(origin, derived=tuple(derived), processes=num_processes, images=images)
+    _check(c)
+    return c
+
+
+def _given(config: Config) -> Config:
+    """Return settings without the values that were derived."""
+    return config.changed(**dict.fromkeys(config.origin.derived))
+
+
+def _fill_in(
+    given: Config, num_processes: int, images: int | None, published: Callable[..., dict[str, Any]] | None
+) -> Config:
+    c = given.changed()
     if uses_sample(c):
         _resolve_sample(c)
     accum_env = os.environ.get('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '1')
     _default(
         c,
-        **published,
         teacher_pretrained=True,
         teacher_epochs=0,
         sched_on_updates=False,
@@ -57,22 +92,49 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         # `accelerate launch --gradient_accumulation_steps N` is passed on through the environment
         grad_accum_steps=int(accum_env) if accum_env.isdigit() and int(accum_env) > 0 else 1,
     )
+    if published is not None:
+        _default(c, **published(**c.arguments_of('published_defaults')))
     if c.workers == 'auto':
         c.workers = auto_workers()
+    if c.train_crop_mode == 'pad':
+        _default(c, crop_pct=1.0)  # it keeps the scale of the whole image
     _default(c, validation_batch_size=c.batch_size, hub_model_id=_default_repository(c))
-    if c.lr is None:
-        assert c.batch_size is not None and c.grad_accum_steps is not None  # filled in above
-        ratio = c.batch_size * num_processes * c.grad_accum_steps / c.lr_base_size
-        by_root = c.lr_base_scale == 'sqrt' or (
-            c.lr_base_scale is None and any(o in c.opt.lower() for o in ('ada', 'lamb'))
-        )
-        c.lr = c.lr_base * (ratio**0.5 if by_root else ratio)
+    _default(c, lr=_learning_rate(c, real_batch(c, num_processes, images)))
     _default(c, teacher_lr=c.lr)
     if c.val_fraction is not None:
         _default(c, val_seed=c.seed)
     _resolve_cache(c)
-    _check(c)
     return c
+
+
+def _learning_rate(c: Config, batch: int) -> float:
+    """Return the learning rate for a batch, by the settings for it, else by those of the optimizer's family."""
+    family = family_of(c.opt)
+    size = c.lr_base_size or (family.lr_base_size if c.lr_base is None else 256)
+    return scaled_rate(c.lr_base or family.lr_base, batch, size, c.lr_base_scale or family.lr_base_scale)
+
+
+def real_batch(config: Config, num_processes: int, images: int | None) -> int:
+    """Return the images of an optimizer step that the learning rate scales with: no more than an epoch has, and, but
+    for an lr-base of one's own, than scaling is known to hold for."""
+    assert config.batch_size is not None and config.grad_accum_steps is not None  # filled in before
+    batch = config.batch_size * num_processes * config.grad_accum_steps
+    largest = LARGEST_BATCH if config.lr_base is None else batch
+    return min(batch, largest, batch if images is None else images)
+
+
+def describe_derived(config: Config) -> list[str]:
+    """Return a line for each derived value that decides how a run goes: learning rate, ramp of the distillation."""
+    origin, lines = config.origin, []
+    if 'lr' in origin.derived:
+        batch = real_batch(config, origin.processes or 1, origin.images)
+        lines.append(f'learning rate {config.lr:.3g} ({config.opt}, batch {batch}; --lr changes it)')
+    if 'distill_warmup_epochs' in origin.derived and config.distill_warmup_epochs and config.epochs:
+        ramp = config.distill_warmup_epochs
+        lines.append(
+            f'distillation ramps up over {ramp} of {config.epochs} epoch(s) (--distill-warmup-epochs changes it)'
+        )
+    return lines
 
 
 def _default(c: Config, **values: Any) -> None:
@@ -89,6 +151,8 @@ def _resolve_sample(c: Config) -> None:
             raise UsageError(f'{flag_of(name)} {getattr(c, name)}: needs a --dataset or --data-dir to apply to')
     if c.val_fraction is not None:
         del defaults['val_split']
+    if family_of(c.opt) is not SGD:
+        del defaults['lr_base']
     own_weights = c.teacher_checkpoint is not None or ':' in (c.teacher or '')
     _default(c, teacher_pretrained=own_weights, teacher_epochs=0 if own_weights else None)
     _default(c, **defaults)
@@ -97,6 +161,8 @@ def _resolve_sample(c: Config) -> None:
 
 def _check(c: Config) -> None:
     """Raise UsageError for resolved settings that contradict each other."""
+    if c.resume is not None and c.experiment is None:
+        raise UsageError(f'--resume {c.resume}: which run? Give its --experiment (and --output), or --resume FOLDER')
     if c.hub_weights == 'ema' and not c.model_ema:
         raise UsageError('--hub-weights ema: needs --model-ema')
     if c.val_fraction is None and c.val_seed is not None:
@@ -108,6 +174,11 @@ def _check(c: Config) -> None:
         )
     if c.labels is not None and c.dataset is not None:
         raise UsageError(f'--labels {c.labels} with --dataset {c.dataset}: name one of the two')
+    if c.class_weights is not None and c.task_loss_weight == 0:
+        raise UsageError(
+            f'--class-weights {c.class_weights}: weighs the cross-entropy, whose own weight is 0 '
+            f'(--task-loss-weight; the default of some criteria, here --distill {c.distill})'
+        )
     if not c.epochs and not c.teacher_epochs:
         raise UsageError('--epochs 0: trains the teacher alone, so --teacher-epochs N is needed')
     for name in ('cutmix_minmax', 'scale', 'ratio'):

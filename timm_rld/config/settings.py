@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable
@@ -80,6 +81,24 @@ MODELS, DISTILL, DATA, AUG, OPTIM, SCHED, RUN, CKPT, HUB, OUT = (
 Floats = tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where those values of a :class:`Config` come from that nobody gave.
+
+    Attributes:
+        derived: names of the settings that :func:`timm_rld.config.resolve` filled in.
+        processes, images: training processes and images that it knew of; None: it did not, or has not run.
+        earlier: the settings of an earlier run, as its args.yaml has them, on which these build.
+        resumed: whether that run is continued.
+    """
+
+    derived: tuple[str, ...] = ()
+    processes: int | None = None
+    images: int | None = None
+    earlier: Config | None = None
+    resumed: bool = False
+
+
 @dataclass
 class Config:
     """All settings of a run, under the names of timm's `train.py` where it has them. Each field's help says more."""
@@ -119,19 +138,21 @@ class Config:
         used_by='create_student:drop_path_rate')  # fmt: skip
 
     # distillation
-    distill: str = setting('rld', DISTILL, 'criterion, see the table below', per_run=True)
+    distill: str = setting('rld', DISTILL, 'criterion, see the table below', per_run=True,
+        used_by='published_defaults:name')  # fmt: skip
     distill_kwargs: dict = setting({}, DISTILL, "the criterion's options, as name=value: alpha=1 beta=8 temperature=4",
         belongs_to='distill')  # fmt: skip
     standardize: bool = setting(False, DISTILL,
-        'standardise both logits first (z-score of each row); defaults: temperature 2, 9 times the weight')  # fmt: skip
+        'standardise both logits first (z-score of each row); defaults: temperature 2, 9 times the weight',
+        used_by='published_defaults')  # fmt: skip
     task_loss_weight: float | None = setting(None, DISTILL, "weight of the cross-entropy (default: the criterion's)",
         ge=0, used_by='DistillationTask', belongs_to='distill')  # fmt: skip
     distill_loss_weight: float | None = setting(None, DISTILL,
         "weight of the distillation term (default: the criterion's)", ge=0, used_by='DistillationTask',
         belongs_to='distill')  # fmt: skip
     distill_warmup_epochs: int | None = setting(None, DISTILL,
-        "ramp the distillation term by min(epoch / N, 1) (default: the criterion's)", ge=0, sample=3,
-        used_by='DistillationTask:warmup_epochs', belongs_to='distill')  # fmt: skip
+        "ramp the distillation term by min(epoch / N, 1) (default: the criterion's share of the epochs)", ge=0,
+        sample=3, used_by='DistillationTask:warmup_epochs', belongs_to='distill')  # fmt: skip
     teacher_cache: str | None = setting(None, DISTILL,
         "folder to cache the teacher's logits in: those of each augmented image are computed once",
         used_by='TeacherCache:folder', resumable=True, path=True)  # fmt: skip
@@ -142,6 +163,9 @@ class Config:
         choices=('float16', 'bfloat16', 'float32'), used_by='TeacherCache:dtype')  # fmt: skip
     smoothing: float | None = setting(None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0,
         le=0.99, used_by='DistillationTask')  # fmt: skip
+    class_weights: str | None = setting(None, DISTILL,
+        "weigh the classes in the student's cross-entropy: 'auto' (by inverse frequency), or a CSV file with a class "
+        'and a weight a line', used_by='class_weights:weights gather_facts:weights', path=True)  # fmt: skip
 
     # data
     dataset: str | None = setting(None, DATA,
@@ -270,12 +294,17 @@ class Config:
     # learning rate
     epochs: int | None = setting(None, SCHED,
         'epochs of the student (default: 300); 0: train the teacher alone (--teacher-epochs)', ge=0,
-        sample=11)  # fmt: skip
-    lr: float | None = setting(None, SCHED, 'learning rate (default: lr-base scaled to the global batch)', gt=0,
-        sample=0.05)  # fmt: skip
-    lr_base: float = setting(0.1, SCHED, 'learning rate at a global batch of lr-base-size', gt=0)
-    lr_base_size: int = setting(256, SCHED, 'see lr-base', gt=0)
-    lr_base_scale: str | None = setting(None, SCHED, 'default: sqrt for ada* and lamb, else linear',
+        sample=11, used_by='published_defaults')  # fmt: skip
+    lr: float | None = setting(None, SCHED,
+        'learning rate (default: lr-base scaled to the global batch, or to the images of an epoch if fewer)',
+        gt=0)  # fmt: skip
+    lr_base: float | None = setting(None, SCHED,
+        "learning rate at a global batch of lr-base-size (default: the optimizer's; sgd 0.1, adamw 0.001 at 512)",
+        gt=0, sample=0.2)  # fmt: skip
+    lr_base_size: int | None = setting(None, SCHED, "see lr-base (default: 256, or that of the optimizer's lr-base)",
+        gt=0)  # fmt: skip
+    lr_base_scale: str | None = setting(None, SCHED,
+        "how the learning rate grows with the batch (default: the optimizer's; sgd linear, adamw sqrt)",
         choices=('linear', 'sqrt'))  # fmt: skip
     sched: str = setting('cosine', SCHED, 'schedule of timm',
         choices=('cosine', 'multistep', 'step', 'poly', 'tanh', 'wsd', 'rsqrt', 'constant', 'none'))  # fmt: skip
@@ -309,6 +338,9 @@ class Config:
         resumable=True)  # fmt: skip
     checkpoint_hist: int = setting(2, CKPT, 'how many of the newest checkpoints to keep, beside the best', gt=0,
         resumable=True)  # fmt: skip
+    best_by: str = setting('top1', CKPT,
+        'what makes an epoch the best: highest top-1, highest macro accuracy (mean over the classes), or lowest loss, '
+        'on the validation split', choices=('top1', 'macro', 'loss'))  # fmt: skip
     skip_nonfinite: int = setting(0, CKPT,
         'skip up to N steps in a row whose loss or gradient is not finite; 0: stop at the first', ge=0,
         resumable=True)  # fmt: skip
@@ -348,6 +380,30 @@ class Config:
     report_to: tuple[str, ...] = setting((), OUT, 'trackers of Accelerate: tensorboard, wandb, …',
         used_by='create_accelerator', resumable=True)  # fmt: skip
     debug: bool = setting(False, OUT, 'show tracebacks', flag=True, resumable=True)
+
+    @property
+    def origin(self) -> Origin:
+        """Where derived values come from. It is no setting, so no field."""
+        return self.__dict__.get('_origin', Origin())
+
+    @origin.setter
+    def origin(self, origin: Origin) -> None:
+        self.__dict__['_origin'] = origin
+
+    def give(self, **values: Any) -> None:
+        """Set values that are not to be derived any more."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.origin = dataclasses.replace(
+            self.origin, derived=tuple(name for name in self.origin.derived if name not in values)
+        )
+
+    def changed(self, **values: Any) -> Config:
+        """Return a copy with other values of some settings, and the same :attr:`origin`."""
+        c = copy.copy(self)
+        for name, value in values.items():
+            setattr(c, name, value)
+        return c
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Return some settings as keyword arguments."""

@@ -136,6 +136,11 @@ class Source:
         return [self.key(i) for i in range(len(self))]
 
     @property
+    def images(self) -> int:
+        """Images of the split, those that a streamed one declares to hold."""
+        return len(self) if self.declared is None else self.declared
+
+    @property
     def declared(self) -> int | None:
         """Images that a streamed split declares to hold; None where they can be counted."""
         return self.dataset.reader.num_samples if self.streamed else None

@@ -12,7 +12,7 @@ from .teacher_training import EvaluatedTeacher, evaluate_teacher, optimize_for_i
 
 __all__ = [
     'check_settings', 'Checkpoints', 'create_optimizer', 'create_scheduler', 'describe_models',
-    'describe_size_and_speed', 'evaluate', 'evaluate_teacher', 'EvaluatedTeacher', 'export_students', 'figures', 'fit',
-    'gather', 'latencies', 'optimize_for_inference', 'parquet_of', 'record', 'record_student', 'Recorder', 'size_of',
-    'train_teacher', 'wants_channels_last',
+    'describe_size_and_speed', 'evaluate', 'evaluate_teacher', 'EvaluatedTeacher', 'export_students', 'figures',
+    'fit', 'gather', 'latencies', 'optimize_for_inference', 'parquet_of', 'record', 'record_student', 'Recorder',
+    'size_of', 'train_teacher', 'wants_channels_last',
 ]  # fmt: skip

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import UserError, is_not_plain, writing
 from ..files import sync_folder, write_synced
-from ..run_folder import outcome
+from ..run_folder import best_epoch, outcome
 
 FORMAT = 3
 _NAME = re.compile(r'(teacher|student)-epoch(\d+)-(?:batch(\d+)|end)')
@@ -92,14 +92,15 @@ class Checkpoints:
         folder: where they lie.
         keep: how many of the newest.
         log: prints a line.
+        best_by: what makes an epoch the best, as :func:`timm_rld.run_folder.best_epoch`.
 
     Attributes:
         on_epoch_end: called with each checkpoint of the student that ends an epoch: its folder, the log, the results so
             far (:func:`timm_rld.run_folder.outcome`).
     """
 
-    def __init__(self, folder: Path, keep: int = 2, log: Callable[[str], None] = print) -> None:
-        self.folder, self.keep, self.log = Path(folder), keep, log
+    def __init__(self, folder: Path, keep: int = 2, log: Callable[[str], None] = print, best_by: str = 'top1') -> None:
+        self.folder, self.keep, self.log, self.best_by = Path(folder), keep, log, best_by
         self.on_epoch_end: Callable[[Path, list[dict[str, float]], dict[str, Any]], None] | None = None
 
     def names(self) -> list[str]:
@@ -108,7 +109,7 @@ class Checkpoints:
             return []
         return sorted((p.name for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), key=_order)
 
-    def save(self, checkpoint: Checkpoint, best_epoch: int | None = None) -> Path:
+    def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint, then delete those that are neither among the newest nor of the best epoch.
 
         Returns:
@@ -137,14 +138,14 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
         at = checkpoint.position
         if self.on_epoch_end is not None and at.phase == 'student' and at.batch is None:
-            self.on_epoch_end(final, checkpoint.history, outcome(checkpoint.history))
-        self._prune(best_epoch)
+            self.on_epoch_end(final, checkpoint.history, outcome(checkpoint.history, self.best_by))
+        self._prune(best_epoch(checkpoint.history, self.best_by) if checkpoint.history else 0)
         return final
 
-    def _prune(self, best_epoch: int | None) -> None:
+    def _prune(self, best: int) -> None:
         names = self.names()
         phase = names[-1].partition('-')[0]
-        kept = {*names[-self.keep :], f'{phase}-epoch{best_epoch or 0:04}-end'}
+        kept = {*names[-self.keep :], f'{phase}-epoch{best:04}-end'}
         for name in names:
             if name not in kept or not name.startswith(phase):
                 shutil.rmtree(self.folder / name, ignore_errors=True)

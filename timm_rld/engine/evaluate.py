@@ -41,8 +41,9 @@ def evaluate(
         on_batch: called with the indices, classes and logits of each batch.
 
     Returns:
-        `loss` (cross-entropy), `top1`, `top5` (percent), with a reference also `agreement` (percentage of images where
-        both predict the same class); and this process's predicted classes `[n]`.
+        `loss` (cross-entropy), `top1`, `top5`, `macro` (percent; the mean of the classes' top-1, over those that have
+        images), with a reference also `agreement` (percentage of images where both predict the same class); and this
+        process's predicted classes `[n]`.
 
     Raises:
         UserError: where the loss is not finite, or a stream held fewer images than its split declares.
@@ -50,7 +51,7 @@ def evaluate(
     """
     device = accelerator.device
     evaluator = ClassificationEvaluator(device)
-    predictions = []
+    predictions, targets = [], []
     loader.set_epoch(0)
     for pixels, target, indices in loader:
         pixels, target = pixels.to(device, non_blocking=True), target.to(device, non_blocking=True)
@@ -58,6 +59,7 @@ def evaluate(
             logits = predict(pixels)
         evaluator.update(logits, target)
         predictions.append(logits.argmax(dim=1))
+        targets.append(target)
         if on_batch is not None:
             on_batch(indices, target, logits)
         if interrupted():
@@ -78,8 +80,22 @@ def evaluate(
             f'the validation loss of the {title} is {metrics["loss"]}: its weights or normalisation are not finite, '
             'or it has diverged (try a lower --lr)'
         )
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    metrics['macro'] = macro_accuracy(predicted, torch.cat([none, *targets]), loader.source.num_classes, accelerator)
     if reference is not None:
         same = torch.stack([(predicted == reference).sum(), torch.tensor(len(predicted), device=device)])
         agreed, total = accelerator.reduce(same, 'sum').tolist()
         metrics['agreement'] = 100 * agreed / max(total, 1)
     return metrics, predicted
+
+
+def macro_accuracy(predicted: Tensor, target: Tensor, num_classes: int, accelerator: Accelerator) -> float:
+    """Return the mean over the classes that have images of the percentage of them that is right.
+
+    Args:
+        predicted, target: classes of this process's images `[n]`; all processes' are counted.
+    """
+    right = torch.bincount(target[predicted == target], minlength=num_classes)
+    counts = torch.stack([right, torch.bincount(target, minlength=num_classes)])
+    right, images = accelerator.reduce(counts, 'sum').cpu().double()
+    return 100 * (right[images > 0] / images[images > 0]).mean().item()

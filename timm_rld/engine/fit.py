@@ -72,8 +72,8 @@ def fit(
     assert config.epochs is not None  # resolve() fills it in
     if task.criterion is not None and task.warmup_epochs > config.epochs:
         accelerator.print(
-            f'note: distillation ramps up over {task.warmup_epochs} epochs, more than the run has '
-            '(--distill-warmup-epochs)'
+            f'note: distillation ramps up over {task.warmup_epochs} epochs, more than the run has: it never counts in '
+            'full; give fewer --distill-warmup-epochs, or leave it out'
         )
     set_seed(config.seed, device_specific=True)
     state = TrainState(task, config, accelerator, train_loader.updates_per_epoch, phase)
@@ -252,7 +252,7 @@ class Pauses:
 
     Args:
         state: of the training.
-        config: `checkpoint_interval`, `skip_nonfinite`, `epochs`.
+        config: `checkpoint_interval`, `skip_nonfinite`, `epochs`, `best_by`.
         checkpoints: None: no checkpoint is written.
         loader: of the training images; a stream can be resumed at the start of an epoch alone.
         signals: of this process.
@@ -263,6 +263,7 @@ class Pauses:
     ) -> None:
         self.state, self.checkpoints, self.loader, self.signals = state, checkpoints, loader, signals
         self.epochs, self.each_epoch = config.epochs, config.checkpoint_interval == 'epoch'
+        self.best_by = config.best_by
         self.every = sys.maxsize if self.each_epoch else int(config.checkpoint_interval)
         self.check = FiniteCheck(state.accelerator, config.skip_nonfinite, state.phase)
         self.saved_at = time.monotonic()
@@ -287,7 +288,7 @@ class Pauses:
         """After the evaluation of an epoch."""
         epoch, stop = self.state.epoch, self._received()
         last = epoch == self.epochs
-        due = self.each_epoch or last or best_epoch(self.state.history) == epoch
+        due = self.each_epoch or last or best_epoch(self.state.history, self.best_by) == epoch
         if last and self.state.phase == 'student':
             self._pause(None, due, 0)  # what is left takes seconds
         else:

@@ -17,7 +17,6 @@ from ..config import Config
 from ..distributed import raise_on_all
 from ..errors import UserError
 from ..pairing import to_memory_format
-from ..run_folder import best_epoch
 from ..task import DistillationTask
 from .checkpoint import Checkpoint, Checkpoints, Position
 from .log import Means, Timer
@@ -127,8 +126,7 @@ class TrainState:
             weights = {name: network.state_dict() for name, network in networks.items()}
             position = Position(self.phase, self.epoch, batch, self.updates)
             try:
-                best = best_epoch(self.history) if self.history else None
-                checkpoints.save(Checkpoint(position, self.history, self.lr, weights, state), best)
+                checkpoints.save(Checkpoint(position, self.history, self.lr, weights, state))
             except UserError as e:
                 error = e
         raise_on_all(error)
@@ -172,7 +170,7 @@ class TrainState:
             'train_loss': train.pop('loss', math.nan),
             'train_task_loss': train.pop('task_loss', math.nan),
             'train_kd_loss': train.pop('kd_loss', math.nan),
-            **{f'eval_{k}': metrics[k] for k in ('loss', 'top1', 'top5')},
+            **{f'eval_{k}': metrics[k] for k in ('loss', 'top1', 'top5', 'macro')},
             'lr': self.lr,
             'images_per_second': images / sum(seconds.values()),
             **{f'seconds_{part}': value for part, value in seconds.items()},

@@ -29,7 +29,7 @@ class EvaluatedTeacher:
     """What was found of a teacher on the validation split; empty where there is none.
 
     Attributes:
-        top1: percent.
+        top1, macro: percent; of an older cache there is no macro accuracy.
         predictions: this process's predicted classes `[n]`.
         digest: SHA-256 of its weights.
         recorder: what it says of each image; None where that is in the cache.
@@ -37,6 +37,7 @@ class EvaluatedTeacher:
     """
 
     top1: float | None = None
+    macro: float | None = None
     predictions: Tensor | None = None
     digest: str | None = None
     recorder: Recorder | None = None
@@ -120,7 +121,7 @@ def evaluate_teacher(
     if cache is not None and cache.validated:
         assert loader.sampler is not None  # a stream has no cache
         loader.set_epoch(0)
-        top1, predictions, digest = cache.validation(loader.sampler.indices())
+        top1, macro, predictions, digest = cache.validation(loader.sampler.indices())
         predictions = predictions.to(accelerator.device)
     else:
         assert pair.teacher is not None
@@ -128,15 +129,15 @@ def evaluate_teacher(
         metrics, predictions = evaluate(
             pair.teacher, loader, accelerator, on_batch=recorder if cache is None else cache.write_validation
         )
-        top1, digest = metrics['top1'], weights_digest(pair.teacher)
+        top1, macro, digest = metrics['top1'], metrics['macro'], weights_digest(pair.teacher)
         if cache is not None:
-            cache.end_validation(top1, digest, pair.teacher.folded)
+            cache.end_validation(top1, macro, digest, pair.teacher.folded)
     found = f'teacher {config.teacher}: top-1 {top1:.2f} on {loader.source.split}'
     accelerator.print('\n  '.join([found, *audit(pair)]))
     check_accuracy(str(config.teacher), top1, pair.num_classes, config.min_teacher_acc)
     if recorder is not None:
         recorder.finish(accelerator, pair.num_classes)  # its logits need not be kept while the student trains
-    return EvaluatedTeacher(top1, predictions, digest, recorder, cache)
+    return EvaluatedTeacher(top1, macro, predictions, digest, recorder, cache)
 
 
 def optimize_for_inference(pair: Pair, accelerator: Accelerator, config: Config) -> None:

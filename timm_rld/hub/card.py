@@ -151,6 +151,9 @@ def _split(settings: dict[str, Any]) -> str:
     return f'{settings["train_split"]}, a part held out'
 
 
+_METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy', 'macro': 'Macro accuracy'}
+
+
 def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict[str, Any]:
     """Return the YAML header of the card, as the Hub reads it."""
     from huggingface_hub import EvalResult
@@ -167,7 +170,7 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
             dataset_split=_split(settings), metric_type='accuracy', metric_name=label,
             metric_value=round(value / 100, 6),
         )
-        for key, label in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy'))
+        for key, label in _METRICS.items()
         if (value := metrics.get(key)) is not None
     ]  # fmt: skip
     header: dict[str, Any] = {
@@ -188,12 +191,12 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
 
 
 def chosen_metrics(run: RunFiles, weights: str) -> dict[str, float | None]:
-    """Return top-1, top-5 and epoch of the weights `last`, `best` or `ema`."""
+    """Return top-1, top-5, macro accuracy and epoch of the weights `last`, `best` or `ema`."""
     last = run.history[-1]
     if weights == 'ema':
-        return {'top1': last.get('eval_top1_ema'), 'top5': last.get('eval_top5_ema'), 'epoch': last['epoch']}
+        return {**{key: last.get(f'eval_{key}_ema') for key in _METRICS}, 'epoch': last['epoch']}
     row = run.history[run.results['best_epoch'] - 1] if weights == 'best' else last
-    return {'top1': row['eval_top1'], 'top5': row['eval_top5'], 'epoch': row['epoch']}
+    return {**{key: row.get(f'eval_{key}') for key in _METRICS}, 'epoch': row['epoch']}
 
 
 def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> str:
@@ -218,6 +221,8 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     rows = [('top-1 of these weights', f'{metrics["top1"]:.2f} %')]
     if metrics.get('top5') is not None:
         rows.append(('top-5 of these weights', f'{metrics["top5"]:.2f} %'))
+    if metrics.get('macro') is not None:
+        rows.append(('macro accuracy of these weights, the mean over the classes', f'{metrics["macro"]:.2f} %'))
     rows += [
         ('top-1, last epoch', f'{results["student_top1"]:.2f} %'),
         ('top-1, best epoch', f'{results["student_top1_best"]:.2f} % (epoch {results["best_epoch"]:.0f})'),

@@ -17,7 +17,15 @@ from .nkd import NKD, other_classes_loss, soft_target_loss
 from .normkd import NormKD, normkd_loss
 from .pld import PLD, pld_loss
 from .rc import RC, correction_loss
-from .registry import CRITERIA, CriterionInfo, choose_criterion, create_distill_loss, describe_criteria, get_criterion
+from .registry import (
+    CRITERIA,
+    CriterionInfo,
+    choose_criterion,
+    create_distill_loss,
+    describe_criteria,
+    get_criterion,
+    published_defaults,
+)
 from .rld import RLD, masked_correlation_loss, sample_confidence_loss
 from .ttm import TTM, ttm_loss
 from .wttm import WTTM, wttm_loss
@@ -25,8 +33,9 @@ from .wttm import WTTM, wttm_loss
 __all__ = [
     'ABKD', 'abkd_loss', 'ATKD', 'atkd_loss', 'BiLD', 'bild_loss', 'choose_criterion', 'correction_loss',
     'create_distill_loss', 'CRITERIA', 'CriterionInfo', 'CTKD', 'describe_criteria', 'DIST', 'DistillLoss', 'DKD',
-    'GDKD', 'get_criterion', 'group_losses', 'inter_class_loss', 'intra_class_loss', 'KD', 'kd_loss', 'LA', 'la_loss',
-    'LDRLD', 'local_relations_loss', 'LR', 'lr_loss', 'masked_correlation_loss', 'MLKD', 'mlkd_loss', 'NKD',
-    'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD', 'pld_loss', 'RC', 'RLD',
-    'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'TTM', 'ttm_loss', 'WTTM', 'wttm_loss',
+    'GDKD', 'get_criterion', 'group_losses', 'inter_class_loss', 'intra_class_loss', 'KD', 'kd_loss', 'LA',
+    'la_loss', 'LDRLD', 'local_relations_loss', 'LR', 'lr_loss', 'masked_correlation_loss', 'MLKD', 'mlkd_loss',
+    'NKD', 'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD', 'pld_loss',
+    'published_defaults', 'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'TTM',
+    'ttm_loss', 'WTTM', 'wttm_loss',
 ]  # fmt: skip

@@ -50,6 +50,7 @@ class CriterionInfo:
         task_weight: published weight of the cross-entropy.
         distill_weight: published weight of the distillation term.
         warmup_epochs: N of the published ramp min(epoch / N, 1) of the distillation term, 0 for none.
+        epochs: of the published run, of which the ramp is a share.
         imagenet: flags that turn these values, which are those of CIFAR-100, into the published ones of ImageNet.
         not_standardized: why logit standardisation makes no sense with it; empty where it does.
     """
@@ -64,6 +65,7 @@ class CriterionInfo:
     task_weight: float = 1.0
     distill_weight: float = 1.0
     warmup_epochs: int = 0
+    epochs: int = 240
     imagenet: str = ''
     not_standardized: str = ''
 
@@ -72,12 +74,14 @@ class CriterionInfo:
         """Paper and year; empty where there is none."""
         return f'{self.paper}, {self.year}' if self.paper else ''
 
-    def defaults(self) -> dict[str, Any]:
-        """Return the published defaults of the settings of a run, by name."""
+    def defaults(self, epochs: int) -> dict[str, Any]:
+        """Return the defaults of the settings of a run of so many epochs, by name: the published ones, and of the
+        published ramp the same share of the run, at least one epoch and no more than published."""
+        share = max(1, round(self.warmup_epochs / self.epochs * epochs))
         return dict(
             task_loss_weight=self.task_weight,
             distill_loss_weight=self.distill_weight,
-            distill_warmup_epochs=self.warmup_epochs,
+            distill_warmup_epochs=min(share, self.warmup_epochs),
         )
 
     def standardized(self) -> CriterionInfo:
@@ -238,6 +242,15 @@ def get_criterion(name: str, standardize: bool = False) -> CriterionInfo:
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion '{name}'{did_you_mean(name, CRITERIA)}; known: {', '.join(CRITERIA)}")
     return CRITERIA[name].standardized() if standardize else CRITERIA[name]
+
+
+def published_defaults(name: str, standardize: bool, epochs: int) -> dict[str, Any]:
+    """Return :meth:`CriterionInfo.defaults` of a criterion, as `--distill`, `--standardize` and `--epochs` choose it.
+
+    Raises:
+        ValueError: as :func:`get_criterion`.
+    """
+    return get_criterion(name, standardize).defaults(epochs)
 
 
 def choose_criterion(name: str, standardize: bool, options: dict[str, Any]) -> tuple[CriterionInfo, DistillLoss | None]:

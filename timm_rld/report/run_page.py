@@ -16,7 +16,7 @@ import numpy as np
 from .. import metrics
 from ..config import FIELDS, Config, flag_of, resolve
 from ..errors import UserError
-from ..loss import CRITERIA
+from ..loss import published_defaults
 from ..run_folder import RunFiles
 from . import figures, plots
 from .figures import Array, Predictions
@@ -591,14 +591,16 @@ def _defaults(r: Report) -> Config:
     """The settings of a run of this pair, data and length that gave no other."""
     then = r.run.settings
     given: dict[str, Any] = {
-        n: then.get(n) for n in ('teacher', 'student', 'dataset', 'data_dir', 'distill') if then.get(n)
+        n: then.get(n) for n in ('teacher', 'student', 'dataset', 'data_dir', 'distill', 'epochs') if then.get(n)
     }
-    row, processes = CRITERIA.get(r.results['distill']), int(read_facts(r.run).get('processes', 1))
+    facts = read_facts(r.run)
     try:
-        found = resolve(Config(**given), processes, **(row.defaults() if row else {}))
+        found = resolve(
+            Config(**given), int(facts.get('processes', 1)), facts.get('training images'), published_defaults
+        )
         without: dict[str, Any] = {name: getattr(Config(), name) for name in given}
         return replace(found, **without)
-    except UserError:
+    except (UserError, ValueError):
         return Config()
 
 
