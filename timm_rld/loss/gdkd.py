@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._base import DistillLoss, check_choice, check_temperature, check_top_k, check_weight, fit_top_k
-from ._ops import kl_div, without_class
+from ._ops import kl_div, mask_of
 
 
 def group_losses(
@@ -48,11 +48,12 @@ def group_losses(
     """
     s, t = student / temperature, teacher / temperature
     leading = t.topk(top_k, dim=1, largest=strategy == 'best').indices
+    mask = mask_of(t, leading)
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for z, part in zip((s, t), parts):
         ranked = z.gather(1, leading)
         part += [ranked] if groups == 2 else [ranked[:, :1], ranked[:, 1:]]
-        part.append(without_class(z, leading))
+        part.append(z + mask)
     log_p, log_q = (
         F.log_softmax(torch.cat([g.logsumexp(dim=1, keepdim=True) for g in part], dim=1), dim=1) for part in parts
     )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._base import DistillLoss, check_temperature, check_top_k, check_weight, fit_top_k
-from ._ops import kl_div, without_class
+from ._ops import kl_div, mask_of
 
 
 def local_relations_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -86,9 +86,8 @@ class LDRLD(DistillLoss):
         if top_k == classes:
             rest = torch.zeros_like(local)
         else:
-            log_p, log_q = (
-                F.log_softmax(without_class(z / self.temperature, leading), dim=1) for z in (student, teacher)
-            )
+            mask = mask_of(teacher, leading)
+            log_p, log_q = (F.log_softmax(z / self.temperature + mask, dim=1) for z in (student, teacher))
             rest = kl_div(log_p, log_q) * self.temperature**2
         self.diagnostics = {'local': local.detach(), 'rest': rest.detach()}
         return self.alpha * local + self.beta * rest
