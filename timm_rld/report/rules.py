@@ -268,8 +268,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         'comparison', 'worse', ('gain', 'gain_half'), lambda f, t: f['gain'] + f['gain_half'] < t, 0.0,
-        '{reference} is {gain:+.2f} points beside {second} on the same seeds (95% interval ± {gain_half:.2f}): it is '
-        'worse here, beyond chance.', '{push}', 'bad',
+        '{reference} differs from {second} by {gain:+.2f} points on the same seeds (95% interval ± {gain_half:.2f}): '
+        'it is worse here, beyond chance.', '{push}', 'bad',
     ),
     Rule(
         'comparison', 'chance', ('gain', 'gain_half'), always, None,
