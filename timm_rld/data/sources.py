@@ -343,12 +343,19 @@ def open_dataset(
     _read_classes(source, str(dataset or data_dir), flag, target_key or 'label', num_classes)
     _check_split(source, str(dataset or data_dir), flag)
     if kind == 'hfds':
-        try:
-            for index in _whole_rows(source)[:1].tolist():  # a null is reported when it is read
-                source.read(index)
-        except SampleError as e:
-            raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
+        _check_image_column(source, input_key or 'image')
     return source
+
+
+def _check_image_column(source: Source, input_key: str) -> None:
+    """Raise UserError where the first image cannot be read; a null, of image or label, is reported later."""
+    assert source.targets is not None
+    whole = np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED)
+    for index in np.flatnonzero(whole)[:1].tolist():
+        try:
+            source.read(index)
+        except SampleError as e:
+            raise UserError(f'{e}; is --input-key {input_key} the image column?') from e
 
 
 def _check_split(source: Source, name: str, flag: str) -> None:
@@ -495,12 +502,6 @@ def _has_image(reader: Any) -> Any:
 
     column = reader.dataset.data.column(reader.image_key)
     return pc.or_(*(pc.is_valid(pc.struct_field(column, part)) for part in ('bytes', 'path')))
-
-
-def _whole_rows(source: Source) -> NDArray[np.int64]:
-    """The rows of a table of `hfds/` that have both an image and a label."""
-    assert source.targets is not None
-    return np.flatnonzero(np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED))
 
 
 def _readable(name: str) -> str:
