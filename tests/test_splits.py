@@ -13,6 +13,7 @@ import yaml
 from conftest import draw
 
 from timm_rld import compare
+from timm_rld.__main__ import main as tools
 from timm_rld.config import parse_args, resolve
 from timm_rld.data import Source, open_split, open_splits, stratified_holdout
 from timm_rld.data.overlap import overlap
@@ -192,6 +193,18 @@ def test_a_run_writes_what_it_held_out_and_its_args_yaml_gives_it_again(tmp_path
     grow(data, {'bee': 21}, seed=1)
     assert main(again) == 1
     assert 'was started with training images 24' in capsys.readouterr().err
+
+
+def test_a_teacher_cache_of_a_part_is_computed_again_from_the_same_part(tmp_path, trained_teacher, capsys):
+    data, cache = grow(tmp_path / 'data', {'apple': 6, 'pear': 9, 'plum': 6}), tmp_path / 'cache'
+    flags = run_of(tmp_path, data, 'run', '--val-fraction', '0.3', '--teacher', f'local-dir:{trained_teacher}')
+    flags += ['--teacher-cache', str(cache), '--distill', 'kd', '--min-teacher-acc', '0']
+    assert main(flags) == 0
+    assert tools(['cache', 'verify', str(cache)]) == 0
+    assert '14 rows, all whole; 14 recomputed' in capsys.readouterr().out
+    (data / 'pear/new.png').write_bytes((data / 'plum/000.png').read_bytes())
+    assert tools(['cache', 'verify', str(cache)]) == 1
+    assert 'data or teacher are not those that it was filled from' in capsys.readouterr().err
 
 
 def test_the_split_that_was_taken_is_in_args_yaml_and_printed(tmp_path, capsys):

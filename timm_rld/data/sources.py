@@ -402,8 +402,9 @@ def open_dataset(
 
 def _check_image_column(source: Source, input_key: str) -> None:
     """Raise UserError where none of the first images can be read; a single one, or a null, is reported later."""
-    error = None
-    for index in _whole_rows(source)[:5].tolist():
+    assert source.targets is not None
+    whole, error = np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED), None
+    for index in np.flatnonzero(whole)[:5].tolist():
         try:
             source.read(index)
             return
@@ -558,12 +559,6 @@ def _has_image(reader: Any) -> Any:
 
     column = reader.dataset.data.column(reader.image_key)
     return pc.or_(*(pc.is_valid(pc.struct_field(column, part)) for part in ('bytes', 'path')))
-
-
-def _whole_rows(source: Source) -> NDArray[np.int64]:
-    """The rows of a table of `hfds/` that have both an image and a label."""
-    assert source.targets is not None
-    return np.flatnonzero(np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED))
 
 
 def _paths(reader: Any) -> list[str | None]:
