@@ -42,14 +42,14 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     config = resolve(config, accelerator.num_processes, **info.defaults())
     log, is_main = accelerator.print, accelerator.is_main_process
     if config.push_to_hub:
-        check = functools.partial(hub.check_hub, **config.arguments_of('check_hub'))
-        config.hub_model_id = main_only(accelerator, check)
+        config.hub_model_id = main_only(accelerator, lambda: hub.check_hub(**config.arguments_of('check_hub')))
 
     # ---- data
     open_splits = functools.partial(data.open_splits, log=log, **config.arguments_of('open_splits'))
     train_split, val_split = main_first(accelerator, open_splits)
     config.train_split = train_split.split  # what was taken belongs into args.yaml
     config.val_split = val_split.split if config.val_fraction is None else None
+    main_only(accelerator, lambda: data.first_look(train_split, val_split, config.on_bad_image, log))
     num_classes, class_names = train_split.num_classes, train_split.class_names
 
     # ---- student, teacher

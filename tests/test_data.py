@@ -410,7 +410,7 @@ def test_errors_of_folders_name_the_flag_and_what_there_is(folder, tmp_path):
     assert "--val-split 'test': no such folder" in message and '(there: train, validation)' in message
     assert 'no folder at all' in opened(data_dir=str(tmp_path))
     (tmp_path / 'train').mkdir()
-    assert f'--data-dir {tmp_path}/train: Found 0 images' in opened(data_dir=str(tmp_path))
+    assert f'--data-dir {tmp_path}/train: found no images' in opened(data_dir=str(tmp_path))
     one = tmp_path / 'x.tar'
     tarfile.open(one, 'w').close()
     assert 'one file holds one split' in opened(data_dir=str(one))

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from .config import Config, flag_of, load_yaml, load_yaml_text, marked, to_yaml, warmup_epochs
 from .data import Source
+from .data.images import DECODING_RULES
 from .distributed import raise_on_all
 from .errors import Stopped, UserError
 from .run_folder import claim, is_finished, write_inputs
@@ -120,4 +121,5 @@ def gather_facts(accelerator: Accelerator, train: Source, val: Source, workers: 
         'validation images': len(val),
         'classes': train.num_classes,
         'files and labels (a digest)': f'{train.digest()} {val.digest()}',
+        'rules of decoding images': DECODING_RULES,
     }

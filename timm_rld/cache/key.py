@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Source
+from ..data.images import DECODING_RULES
 from ..files import sha256_of
 from ..pairing import constructor_arguments, look_up, resize_mode, resized_to
 
@@ -59,8 +60,9 @@ class CacheKey:
     def validation(self, weights: str) -> dict[str, Any]:
         """Return what the validation rows depend on; arguments as in :meth:`training`."""
         how = {k: self.data_config[k] for k in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')}
-        draft = self.arguments['create_loaders']['jpeg_draft']
-        return _plain({**self._teacher(weights), **self._split(self.val), **how, '--jpeg-draft': draft})
+        how['--jpeg-draft'] = self.arguments['create_loaders']['jpeg_draft']
+        how['--no-exif'] = self.arguments['open_splits']['no_exif']
+        return _plain({**self._teacher(weights), **self._split(self.val), **how})
 
     def _teacher(self, weights: str) -> dict[str, Any]:
         a = self.arguments['create_teacher']
@@ -92,7 +94,7 @@ class CacheKey:
         return {
             '--dataset': dataset, '--input-key': a['input_key'], 'split': source.split, 'images': len(source),
             'classes': source.num_classes, 'files and labels (a digest)': source.digest(),
-            'a sample of images (a digest)': source.sample_digest(),
+            'a sample of images (a digest)': source.sample_digest(), 'rules of decoding': DECODING_RULES,
         }  # fmt: skip
 
 

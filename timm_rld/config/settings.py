@@ -203,6 +203,12 @@ class Config:
     jpeg_draft: bool = setting(False, DATA,
         'decode JPEGs at 1/2, 1/4 or 1/8 scale where twice the pixels needed remain; pixels differ by less than one '
         'grey value on average', flag=True, used_by='create_loaders', logits=True)  # fmt: skip
+    no_exif: bool = setting(False, DATA,
+        'leave photographs as they are stored, as timm does, whatever orientation their EXIF data gives', flag=True,
+        used_by='open_splits', logits=True)  # fmt: skip
+    skip_list: str | None = setting(None, DATA,
+        'file with images to leave out of training and validation, a path a line (below --data-dir, or absolute)',
+        used_by='open_splits', resumable=True, path=True)  # fmt: skip
     seed: int = setting(42, DATA, 'seed of weights, order and augmentation', ge=0, le=2**32 - 1024,
         used_by='open_splits create_loaders Mixup', per_run=True)  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from .holdout import stratified_holdout
 from .loader import Loader, create_loaders
+from .look import first_look
 from .mixup import MixedTarget, Mixup
 from .sampler import ReplaySampler, Step
 from .sources import SAMPLE_NOTE, Source, open_split
@@ -9,6 +10,6 @@ from .splits import open_splits
 from .transforms import eval_transform, train_transform
 
 __all__ = [
-    'create_loaders', 'eval_transform', 'Loader', 'MixedTarget', 'Mixup', 'open_split', 'open_splits', 'ReplaySampler',
-    'SAMPLE_NOTE', 'Source', 'Step', 'stratified_holdout', 'train_transform',
+    'create_loaders', 'eval_transform', 'first_look', 'Loader', 'MixedTarget', 'Mixup', 'open_split', 'open_splits',
+    'ReplaySampler', 'SAMPLE_NOTE', 'Source', 'Step', 'stratified_holdout', 'train_transform',
 ]  # fmt: skip

@@ -8,6 +8,7 @@ reaches persistent workers too.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import SampleError
+from .images import decode, reason
 from .sources import Source
 from .transforms import DraftTransform
 
@@ -92,7 +94,7 @@ class ReplayDataset(Dataset[tuple[Tensor, int, int]]):
             image, target = self._read(index, key)
         except SampleError as e:
             if self.bad_images is None:
-                raise
+                raise SampleError(f'{e}; a line in a --skip-list FILE leaves it out') from e
             image, target = self._replacement(epoch, index, e)
         if self.draft is not None:
             return self.draft.rest(image), target, index
@@ -107,7 +109,7 @@ class ReplayDataset(Dataset[tuple[Tensor, int, int]]):
 
         def decode(image: Any) -> Any:
             self._seed(key)
-            return draft.decode(image)
+            return draft.decode(image, self.source.exif)
 
         return self.source.read(index, decode)
 
@@ -150,14 +152,30 @@ class ReplayStream(IterableDataset[tuple[Tensor, int, int]]):
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
         worker = get_worker_info()
         worker_id = worker.id if worker else 0
-        for place, (image, target) in enumerate(self.source.dataset):
-            image = image.convert(self.source.image_mode)
+        for place, (image, target) in enumerate(self._images()):
             if self.seed is None:
                 yield self.transform(image), int(target), place
                 continue
             with seeded(STREAM_SAMPLE, self.seed, self.epoch, self.rank, worker_id, place):
                 pixels = self.transform(image)
             yield pixels, int(target), place
+
+    def _images(self) -> Iterator[tuple[Any, Any]]:
+        """The images, decoded, with their classes, in the order of timm's reader."""
+        source, samples = self.source, iter(self.source.dataset)
+        for place in itertools.count():
+            try:
+                image, target = next(samples)
+                for value, key in ((image, 'input_key'), (target, 'target_key')):
+                    if value is None:
+                        raise ValueError(f'its {getattr(source.dataset.reader, key)!r} is null')
+                image = decode(image, source.image_mode, source.exif)
+            except StopIteration:
+                return
+            except Exception as e:
+                where = f'image {place} of the streamed split {source.split!r}, in the order in which they come,'
+                raise SampleError(f'{where} cannot be read: {reason(e)}') from e
+            yield image, target
 
     def __len__(self) -> int:
         return len(self.source)

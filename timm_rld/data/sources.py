@@ -17,10 +17,13 @@ from PIL import Image
 
 from ..errors import SampleError, UserError
 from ..offline import hub_in_reach
+from .folders import IMAGE_TYPES, FolderReader, TarReader
+from .images import decode as decode_image
+from .images import reason
 from .names import VALIDATION_NAMES, find_named
+from .skip_list import leave_out
 from .table import Table, open_table, read_table
 from .targets import UNLABELED, targets_of
-from .transforms import in_mode
 
 SAMPLE_DIR = Path(__file__).parent / 'sample'
 SAMPLE_NOTE = (
@@ -42,6 +45,9 @@ class Source:
         streamed: whether it can only be read in order.
         image_mode: PIL mode that images are converted to.
         shards: of `wds/`, files that its readers share out, none of which is read by two.
+        exif: whether images are turned upright by their EXIF orientation.
+        left_out: files of class folders or a tar that are no images of the split: path below its root, reason.
+        unlisted: lines of the `--skip-list` that name no image of the split.
         part: where the split is a part of the dataset, the places in the dataset of its images; else None.
         unlabeled: images without a label, which were left out.
     """
@@ -53,6 +59,9 @@ class Source:
     streamed: bool
     image_mode: str
     shards: int | None = None
+    exif: bool = True
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    unlisted: frozenset[str] = frozenset()
     part: NDArray[np.int64] | None = field(default=None, compare=False)
     unlabeled: int = 0
 
@@ -169,7 +178,8 @@ class Source:
         """Decode one image. timm's own `__getitem__` would put the next image in the place of a broken one.
 
         Args:
-            decode: what to make of the image while its file is open; by default it is decoded into ``image_mode``.
+            decode: what to make of the image while its file is open; by default it is decoded into ``image_mode``,
+                upright where ``exif`` says so.
 
         Returns:
             The image, or what ``decode`` made of it, and its class.
@@ -182,21 +192,38 @@ class Source:
         try:
             if reader is None:  # a torchvision dataset
                 image, target = self.dataset[index]
-                image = in_mode(image, self.image_mode)
-                return (decode(image) if decode else image), int(target)
+                with image:
+                    return self._decoded(image, decode), int(target)
             file, target = reader[index]
             with file, Image.open(file) as image:
-                return (decode(image) if decode else in_mode(image, self.image_mode)), int(target)
+                return self._decoded(image, decode), int(target)
         except Exception as e:
             try:
                 name = reader.filename(index, absolute=True)
             except Exception:
                 name = None
             where = f' ({name})' if name else ''
-            why = f'{type(e).__name__}: {e}'
-            if hasattr(getattr(reader, 'dataset', None), 'unique') and not _has_image(reader)[index].as_py():
-                why = f'row {index} of the column {reader.image_key!r} is null'
-            raise SampleError(f'image {index}{where} of split {self.split!r} cannot be read: {why}') from e
+            raise SampleError(
+                f'image {index}{where} of split {self.split!r} cannot be read: {self.why(index, e)}'
+            ) from e
+
+    def null_images(self) -> set[int]:
+        """Return the images of a table of `hfds/` that are null, without reading any."""
+        reader: Any = getattr(self.dataset, 'reader', None)
+        if self.streamed or not hasattr(getattr(reader, 'dataset', None), 'unique'):
+            return set()
+        null = ~np.asarray(_has_image(reader))
+        return set(np.flatnonzero(null if self.part is None else null[self.part]).tolist())
+
+    def why(self, place: int, error: Exception) -> str:
+        """Return why the image at a place of the dataset cannot be read, in words."""
+        reader: Any = getattr(self.dataset, 'reader', None)
+        if hasattr(getattr(reader, 'dataset', None), 'unique') and not _has_image(reader)[place].as_py():
+            return f'row {place} of the column {reader.image_key!r} is null'
+        return reason(error)
+
+    def _decoded(self, image: Any, decode: Callable[[Image.Image], Image.Image] | None) -> Image.Image:
+        return decode(image) if decode else decode_image(image, self.image_mode, self.exif)
 
 
 def open_split(
@@ -206,6 +233,8 @@ def open_split(
     flag: str,
     labels: str | Table | None = None,
     drop_unlabeled: bool = False,
+    no_exif: bool = False,
+    skip_list: str | None = None,
     **kwargs: Any,
 ) -> Source:
     """Open one split of a dataset or of a table of labels, checking all that can be checked before a run.
@@ -214,6 +243,8 @@ def open_split(
         dataset, split, flag, **kwargs: see :func:`open_dataset`.
         labels: a table of paths and labels (:func:`read_table`), in place of a dataset.
         drop_unlabeled: leave out images without a label; else they are an error.
+        no_exif: leave images as they are stored, whatever their EXIF orientation.
+        skip_list: a file that names images to leave out, see :func:`leave_out`.
 
     Returns:
         The split.
@@ -227,6 +258,8 @@ def open_split(
         if dataset is not None:
             raise UserError(f'--labels with --dataset {dataset}: name one of the two')
         source = _open_labels(labels, split, flag=flag, **kwargs)
+    source.exif = not no_exif
+    source = leave_out(source, skip_list, kwargs.get('data_dir'))
     if drop_unlabeled and source.streamed:
         raise UserError(f'--drop-unlabeled: {dataset} is streamed, and its labels are not known before they are read')
     targets = source.targets
@@ -305,23 +338,21 @@ def open_dataset(
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     kind, rest = _kind_of(dataset, data_dir)
     image_mode = {1: 'L', 3: 'RGB'}[in_chans]
-    kwargs: dict[str, Any] = dict(class_map=class_map, input_key=input_key, input_img_mode=image_mode)
-    if kind:
-        kwargs['target_key'] = target_key
+    kwargs: dict[str, Any] = dict(class_map=class_map, input_key=input_key, target_key=target_key)
     if kind in ('torch', 'hfids', 'tfds'):
         kwargs['download'] = dataset_download
     if kind == 'torch':
         kwargs = dict(download=dataset_download)
     if kind in STREAMED:
         kwargs.update(is_training=is_training, batch_size=batch_size, seed=seed, num_samples=num_samples)
+        kwargs.update(input_img_mode=image_mode if kind == 'tfds' else '')  # those of others are converted here
     name, root = dataset or '', data_dir
-    if not kind or (kind == 'torch' and rest.lower() in ('folder', 'image_folder')):
-        assert data_dir is not None  # _kind_of() sees to it
+    of_folders = not kind or (kind == 'torch' and rest.lower() in ('folder', 'image_folder'))
+    if of_folders and data_dir is not None:  # _kind_of() sees to it
         root = _find_split(data_dir, split, flag)
-        kwargs['search_split'] = False
     if class_map is not None:
         names = _read_class_map(class_map, root)
-        if not kind:  # as the system names the folders
+        if of_folders:  # as the system names them
             kwargs['class_map'] = {os.fsdecode(name.encode()): i for i, name in enumerate(names)}
     if kind in ('hfds', 'hfids'):
         _quiet_datasets()
@@ -331,13 +362,14 @@ def open_dataset(
         else:
             hub_in_reach()
 
-    from timm.data import create_dataset
-
     try:
-        made = create_dataset(name, root=root, split=split, **kwargs)
+        made = _create(name, root, split, kind, of_folders, kwargs)
+    except UserError:
+        raise
     except Exception as e:
         raise _explain(e, kind, rest, root, split, flag, dataset_download) from e
     source = Source(made, split, 0, None, kind in STREAMED, image_mode)
+    source.left_out = list(getattr(getattr(made, 'reader', None), 'left_out', ()))
     if kind == 'wds':
         source.shards = _check_shards(made.reader, split, flag)
     _read_classes(source, str(dataset or data_dir), flag, target_key or 'label', num_classes)
@@ -348,14 +380,34 @@ def open_dataset(
 
 
 def _check_image_column(source: Source, input_key: str) -> None:
-    """Raise UserError where the first image cannot be read; a null, of image or label, is reported later."""
+    """Raise UserError where none of the first images can be read; a single one, or a null, is reported later."""
     assert source.targets is not None
-    whole = np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED)
-    for index in np.flatnonzero(whole)[:1].tolist():
+    whole, error = np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED), None
+    for index in np.flatnonzero(whole)[:5].tolist():
         try:
             source.read(index)
+            return
         except SampleError as e:
-            raise UserError(f'{e}; is --input-key {input_key} the image column?') from e
+            error = error or e
+    if error is not None:
+        raise UserError(f'{error}; is --input-key {input_key} the image column?') from error
+
+
+def _create(name: str, root: str | None, split: str, kind: str, of_folders: bool, kwargs: dict[str, Any]) -> Any:
+    """timm's dataset, of class folders and tars over readers of ours."""
+    from timm.data import ImageDataset, create_dataset
+
+    if of_folders:
+        assert root is not None
+        of_tar, classes = os.path.isfile(root), kwargs.get('class_map')
+        reader = TarReader(root, classes) if of_tar else FolderReader(root, classes, first_level=kind == 'torch')
+        return ImageDataset(root, reader=reader)
+    if kind == 'wds' and kwargs['input_key'] is None:
+        kwargs['input_key'] = ';'.join(ending[1:] for ending in IMAGE_TYPES)
+    made = create_dataset(name, root=root, split=split, **kwargs)
+    if hasattr(made, 'loader'):  # torchvision's own would lose what is transparent
+        made.loader = Image.open
+    return made
 
 
 def _check_split(source: Source, name: str, flag: str) -> None:
@@ -419,22 +471,6 @@ def _read_class_map(path: str, root: str | None) -> list[str]:
         if not name or name in names[:i]:
             raise UserError(f'--class-map {path}: line {i + 1} is {"written twice" if name else "blank"}')
     return names
-
-
-def _check_folders(reader: Any, name: str) -> None:
-    """timm names a class by its leaf folder, merges those of one name, and leaves out those not in a class map."""
-    folders: dict[str, str] = {}
-    for folder in sorted({os.path.dirname(path) for path, _ in reader.samples}):
-        leaf = os.path.basename(folder)
-        if leaf in folders:
-            raise UserError(
-                f'--data-dir {name}: {folders[leaf]} and {folder} would be one class, {leaf!r}; '
-                'put the images of a class right into one folder of its name'
-            )
-        folders[leaf] = folder
-    there = {p.name for p in Path(reader.root).iterdir() if p.is_dir() and any(f.is_file() for f in p.iterdir())}
-    if left_out := sorted(there - set(reader.class_to_idx)):
-        raise UserError(f'--class-map: no line for the class {", ".join(map(repr, left_out[:5]))} of {reader.root}')
 
 
 def _check_shards(reader: Any, split: str, flag: str) -> int:
@@ -515,8 +551,6 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
     labels = None
     columns: Any = getattr(reader, 'dataset', None)
-    if hasattr(reader, 'samples') and hasattr(reader, 'class_to_idx'):
-        _check_folders(reader, name)
     if hasattr(columns, 'unique'):
         # timm's reader casts the image column, which adds one of nulls where there is no such column
         no_image = len(columns) > 0 and _has_image(reader).index(True).as_py() < 0

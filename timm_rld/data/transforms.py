@@ -12,17 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from .images import decode, flips, orientation, upright_size
 
 Transform = Callable[[Any], Tensor]
 # A JPEG is decoded at reduced scale where at least this many times the pixels needed remain, in width and in height.
 # On photographs the pixels then differ from those of a full decode by less than one grey value on average.
 DRAFT_MARGIN = 2
-
-
-def in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """The image decoded, in a PIL mode; PIL's own `convert` copies also where it has this mode already."""
-    image.load()
-    return image if image.mode == mode else image.convert(mode)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -51,37 +46,49 @@ class DraftTransform:
         self.box_of = self._random_box if isinstance(first, RandomResizedCropAndInterpolation) else self._whole
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.rest(self.decode(image))
+        return self.rest(self.decode(image, exif=False))
 
-    def decode(self, image: Image.Image) -> Image.Image:
-        """The first step, on an image that is opened but, for an effect, not decoded yet."""
+    def decode(self, image: Image.Image, exif: bool = True) -> Image.Image:
+        """The first step, on an image that is opened but, for an effect, not decoded yet.
+
+        Args:
+            exif: whether to apply the EXIF orientation. The box is that of the image that is turned upright.
+        """
         from torchvision.transforms.functional import pil_modes_mapping
 
-        full = image.size
-        box, size, interpolation = self.box_of(image)
+        if image.format not in ('JPEG', 'MPO'):
+            image.load()
+        turn = orientation(image) if exif else 1
+        full = upright_size(image.size, turn)
+        box, size, interpolation = self.box_of(full)
         room = min((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]) / DRAFT_MARGIN
         factor = next((k for k in (8, 4, 2) if k <= room), 1)
-        if factor > 1 and image.draft(None, (full[0] // factor, full[1] // factor)) is None:
+        if factor > 1 and image.draft(None, (image.width // factor, image.height // factor)) is None:
             factor = 1  # no JPEG
-        image = in_mode(image, self.mode)
+        image = decode(image, self.mode, exif)
         left, top, right, bottom = (x / factor for x in box)
+        flip_x, flip_y = flips(turn)  # the part of a pixel by which the reduced image is larger is now before the first
+        before_x, before_y = image.width - full[0] / factor, image.height - full[1] / factor
+        left, right = (x + flip_x * before_x for x in (left, right))
+        top, bottom = (y + flip_y * before_y for y in (top, bottom))
         x, y = int(left), int(top)
         image = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
         if image.size == size and factor == 1:
             return image
         return image.resize(size, pil_modes_mapping[interpolation], box=(left - x, top - y, right - x, bottom - y))
 
-    def _random_box(self, image: Image.Image) -> tuple[tuple[int, ...], tuple[int, int], Any]:
-        """Box, size (width, height) and interpolation, drawn as timm draws them."""
-        top, left, height, width = self.first.get_params(image, self.first.scale, self.first.ratio)
+    def _random_box(self, full: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, int], Any]:
+        """Box, size (width, height) and interpolation, drawn as timm draws them for an image of size ``full``."""
+        stand_in = torch.empty(1, 1, 1).expand(1, *full[::-1])
+        top, left, height, width = self.first.get_params(stand_in, self.first.scale, self.first.ratio)
         interpolation = self.first.interpolation
         if isinstance(interpolation, (tuple, list)):
             interpolation = random.choice(interpolation)
         return (left, top, left + width, top + height), self.first.size[::-1], interpolation
 
-    def _whole(self, image: Image.Image) -> tuple[tuple[int, ...], tuple[int, int], Any]:
+    def _whole(self, full: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, int], Any]:
         """The same for a resize of the whole image, to a size or of its shorter side."""
-        width, height = image.size
+        width, height = full
         size = self.first.size
         if not isinstance(size, int):
             size = tuple(size)[::-1]
