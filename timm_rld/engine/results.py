@@ -139,24 +139,29 @@ def describe_size_and_speed(
         names: `student`, `teacher`, or both.
     """
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    try:
-        networks: dict[str, Network] = {}
-        if 'student' in found:
-            found['student'] = size_of(pair.student, pair.data_config['input_size'])
-            networks['student'] = pair.student, pair.normalize
-        if 'teacher' in found:
-            skeleton = teacher_skeleton(
-                num_classes=pair.num_classes, image_size=pair.image_size, **config.arguments_of('create_teacher')
-            )
-            found['teacher'] = size_of(*skeleton)
-        if 'teacher' in found and pair.teacher is not None:
+
+    def add(what: str, figures_of: Callable[[], dict[str, dict[str, Any]]]) -> None:
+        try:
+            for name, more in figures_of().items():
+                found[name] |= more
+        except Exception as e:
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            accelerator.print(f'note: the {what} is not known ({why})')
+
+    size, networks = pair.data_config['input_size'], {'student': (pair.student, pair.normalize)}
+    if 'student' in found:
+        add('size of the student', lambda: {'student': size_of(pair.student, size)})
+    if 'teacher' in found:
+        of_teacher = dict(config.arguments_of('create_teacher'), num_classes=pair.num_classes)
+        add(
+            'size of the teacher',
+            lambda: {'teacher': size_of(*teacher_skeleton(image_size=pair.image_size, **of_teacher))},
+        )
+        if pair.teacher is not None:
             networks['teacher'] = pair.teacher.model, pair.teacher.normalize
-        if not config.no_speed:
-            sizes = (1, config.validation_batch_size or 1)
-            layout = wants_channels_last(config, accelerator)
-            measured = latencies(networks, pair.data_config['input_size'], sizes, accelerator, layout)
-            found = {name: {**found[name], **measured.get(name, {})} for name in found}
-    except Exception as e:
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        accelerator.print(f'note: size and speed are not in results.json ({why}); --no-speed leaves out the latter')
+    if not config.no_speed:
+        there: dict[str, Network] = {name: network for name, network in networks.items() if name in found}
+        batch_sizes = (1, config.validation_batch_size or 1)
+        layout = wants_channels_last(config, accelerator)
+        add('speed (--no-speed does not measure it)', lambda: latencies(there, size, batch_sizes, accelerator, layout))
     return found

@@ -121,7 +121,7 @@ def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, 
     size = batch_size or (run or base).validation_batch_size
     base = dataclasses.replace(base, **given, validation_batch_size=size, report_to=(), sync_bn=False, resume=None)
     config = resolve(base)
-    config.teacher = teacher and model_name(teacher)
+    config.teacher = teacher and model_name(teacher, '--teacher')
     config.teacher_pretrained = True
     config.in_chans = opened.data_config['input_size'][0]
     config.val_split = config.val_split or 'validation'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,22 @@ class OpenModel:
         return [str(i) for i in range(self.info.num_classes)]
 
 
-def model_name(name: str) -> str:
-    """Return timm's name of a model, given by that name or by its folder."""
+def model_name(name: str, flag: str = 'model') -> str:
+    """Return timm's name of a model, given by that name or by its folder.
+
+    Raises:
+        UserError: where it is a folder without a model, or a path that leads nowhere; it names ``flag``.
+    """
     folder = Path(name).expanduser()
-    return f'local-dir:{folder}' if (folder / 'config.json').is_file() else name
+    if (folder / 'config.json').is_file():
+        return f'local-dir:{folder}'
+    if folder.is_dir():
+        there = ', '.join(str(p.parent) for p in sorted(folder.glob('*/config.json')))
+        hint = f'; models are in {there}' if there else ''
+        raise UserError(f'{flag} {name}: neither the folder of a run (args.yaml) nor of a model (config.json){hint}')
+    if os.sep in name and ':' not in name:
+        raise UserError(f'{flag} {name}: no such folder')
+    return name
 
 
 def open_model(name: str, weights: str = 'last') -> OpenModel:
@@ -73,7 +86,6 @@ def open_model(name: str, weights: str = 'last') -> OpenModel:
 
     folder, file, settings = Path(name).expanduser(), None, None
     is_run = (folder / 'args.yaml').is_file() or (folder / 'facts.json').is_file()
-    found = model_name(name)
     if is_run:
         file = find_weights(read_run(folder), weights, '--weights')
         settings = Config(**load_yaml(str(folder / 'args.yaml'), name))
@@ -81,8 +93,8 @@ def open_model(name: str, weights: str = 'last') -> OpenModel:
         found, file = f'local-dir:{file.parent if has_config else folder / "student"}', None if has_config else file
     elif weights != 'last':
         raise UsageError(f'--weights {weights}: {name} is no run folder, and has one set of weights; leave it out')
-    elif folder.is_dir() and found == name:
-        raise UserError(f'{name}: neither the folder of a run (args.yaml) nor of a model (config.json)')
+    else:
+        found = model_name(name)
     info = look_up(found, 'model')
     if not info.has_weights:
         raise UserError(f'model {name}: no weights are published for it; give a folder, or hf-hub:user/model')
