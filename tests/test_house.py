@@ -50,9 +50,11 @@ FLOORS = {
         'hub',
     },
     # 5
-    'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
+    'report': {'errors', 'files', 'config', 'data', 'run_folder'},
     # 6
-    '__main__': {'errors', 'config', 'loss', 'models', 'run_folder', 'cache', 'hub', 'compare', 'bench'},
+    'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
+    # 7
+    '__main__': {'errors', 'config', 'loss', 'models', 'run_folder', 'cache', 'hub', 'compare', 'bench', 'report'},
     # it loads each public name's room when the name is first used
     '__init__': {'models'},
 }
