@@ -250,9 +250,9 @@ def _parser(prog: str, epilog: str, settings: type[Config]) -> Parser:
         elif typing.get_origin(want) is tuple:
             group.add_argument(*flags, nargs='*' if f.default == () else '+', metavar='X', help=help)
         else:
-            metavar = (
-                '{' + ','.join(meta['choices']) + '}' if meta['choices'] else {int: 'N', float: 'X'}.get(want, 'S')
-            )
+            text = 'PATH' if meta['path'] is True else 'NAME'
+            value = {int: 'N', float: 'X'}.get(want, text)
+            metavar = '{' + ','.join(meta['choices']) + '}' if meta['choices'] else value
             group.add_argument(*flags, metavar=metavar, help=help)
     return parser
 
