@@ -27,7 +27,7 @@ FLOORS = {
     'distributed': {'errors', 'files'},
     'models': {'_timm'},
     'loss': {'errors'},
-    'data': {'errors', 'offline', '_timm'},
+    'data': {'errors', 'files', 'offline', '_timm'},
     'pairing': {'errors', 'offline', '_timm'},
     'run_folder': {'errors', 'files'},
     # 3
@@ -54,7 +54,20 @@ FLOORS = {
     # 6
     'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
     # 7
-    '__main__': {'errors', 'config', 'loss', 'models', 'run_folder', 'cache', 'hub', 'compare', 'bench', 'report'},
+    '__main__': {
+        'errors',
+        'files',
+        'data',
+        'config',
+        'loss',
+        'models',
+        'run_folder',
+        'cache',
+        'hub',
+        'compare',
+        'bench',
+        'report',
+    },
     # it loads each public name's room when the name is first used
     '__init__': {'models'},
 }

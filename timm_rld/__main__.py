@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
+from typing import Any
 
 from .bench import BENCHMARKS, benchmark
-from .config import FIELDS, Config, Parser, list_recipes
-from .errors import UsageError, UserError, run_main
+from .config import FIELDS, Config, Parser, add_settings, given_settings, list_recipes, resolve
+from .errors import UsageError, UserError, run_main, writing
+from .files import write_atomic
+
+# prefixes of the names that --dataset takes; anything else is a folder
+DATASETS = ('hfds', 'hfids', 'wds', 'torch', 'tfds')
 
 
 def list_things(what: str, pattern: str) -> None:
@@ -57,6 +64,67 @@ def push(args: argparse.Namespace) -> None:
     there = read_run(args.folder).settings
     settings = Config(**{k: v for k, v in there.items() if k in FIELDS}).arguments_of('push_run')  # the run's
     push_run(args.folder, **{name: getattr(args, name) or value for name, value in settings.items()})
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Look at a dataset, print what is found, and raise what would hurt a training."""
+    from .data import check_data, describe, open_splits
+    from .report import data_page
+
+    if args.write_skip_list:
+        writable('--write-skip-list', args.write_skip_list)
+    if args.report:
+        writable('--report', args.report)
+        data_page.check_installed()
+    config = resolve(Config(**given_settings(args), **dataset_of(args)))
+    splits = open_splits(log=print, **config.arguments_of('open_splits'))
+    findings = check_data(*splits, progress=True, **config.arguments_of('check_data'))
+    print(describe(findings))
+    if args.write_skip_list:
+        with writing(args.write_skip_list):
+            write_atomic(Path(args.write_skip_list), os.fsencode(''.join(f'{line}\n' for line in findings.broken)))
+        print(f'\n{args.write_skip_list}: {len(findings.broken):,} images to leave out, for --skip-list')
+    if args.report:
+        with writing(args.report):
+            write_atomic(Path(args.report), data_page.findings_page(findings, splits, args.target))
+        print(f'\n{args.report}: the same with pictures')
+    if hurting := findings.hurting:
+        raise UserError(f'this would hurt a training: {", ".join(f.name for f in hurting)}')
+
+
+def dataset_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The setting that DIR_OR_DATASET stands for."""
+    kind, sep, rest = args.target.partition('/')
+    if sep and rest and kind.lower() in DATASETS:
+        return {'dataset': args.target}
+    if 'data_dir' in args:
+        raise UsageError(f'--data-dir {args.data_dir}: the folder is named already, {args.target}; give one of the two')
+    return {'data_dir': args.target}
+
+
+def writable(flag: str, path: str) -> None:
+    """Raise UserError where a file could not be written, before the work that it is to hold."""
+    folder = os.path.dirname(path) or '.'
+    if os.path.isdir(path):
+        raise UserError(f'{flag} {path}: a folder; name a file in it')
+    if not os.path.isdir(folder):
+        raise UserError(f'{flag} {path}: {folder} is no folder')
+    if not os.access(folder, os.W_OK):
+        raise UserError(f'{flag} {path}: {folder} cannot be written to (no permission)')
+
+
+def _add_data(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        'data', help='look at a dataset before training on it', allow_abbrev=False,
+        usage='timm-rld data DIR_OR_DATASET [--report FILE] [--write-skip-list FILE] [flags of train_distill.py]',
+        description='Decodes and compares all images. The exit code is 1 if something would hurt a training.',
+    )  # fmt: skip
+    verb.add_argument('target', metavar='DIR_OR_DATASET', help='a folder as for --data-dir, or a name as for --dataset')
+    verb.add_argument('--report', metavar='FILE', default='', help='write a page with pictures of each class (HTML)')
+    verb.add_argument('--write-skip-list', metavar='FILE', default='',
+                      help='write the images that cannot be read, for --skip-list')  # fmt: skip
+    add_settings(verb.add_argument_group('as for train_distill.py'), 'open_splits', 'check_data', but=['dataset'])
+    verb.set_defaults(run=check_data)
 
 
 def parse(argv: list[str]) -> None:
@@ -112,6 +180,7 @@ def parse(argv: list[str]) -> None:
     verb.add_argument('--hub-weights', choices=('last', 'best', 'ema'), help=which)
     verb.set_defaults(run=push)
 
+    _add_data(verbs)
     if not argv:
         parser.print_help()
         return

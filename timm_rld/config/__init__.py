@@ -2,7 +2,9 @@
 
 from .parse import (
     Parser,
+    add_settings,
     find_recipe,
+    given_settings,
     list_recipes,
     load_yaml,
     load_yaml_text,
@@ -15,7 +17,7 @@ from .resolve import auto_workers, resolve, uses_sample, warmup_epochs
 from .settings import FIELDS, Config, absolute, flag_of, marked, setting
 
 __all__ = [
-    'absolute', 'auto_workers', 'Config', 'FIELDS', 'find_recipe', 'flag_of', 'list_recipes', 'load_yaml',
-    'load_yaml_text', 'marked', 'parse_args', 'Parser', 'recipes_folder', 'resolve', 'run_of', 'setting', 'to_yaml',
-    'uses_sample', 'warmup_epochs',
+    'absolute', 'add_settings', 'auto_workers', 'Config', 'FIELDS', 'find_recipe', 'flag_of', 'given_settings',
+    'list_recipes', 'load_yaml', 'load_yaml_text', 'marked', 'parse_args', 'Parser', 'recipes_folder', 'resolve',
+    'run_of', 'setting', 'to_yaml', 'uses_sample', 'warmup_epochs',
 ]  # fmt: skip

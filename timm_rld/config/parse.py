@@ -12,7 +12,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -234,27 +234,62 @@ def _parser(prog: str, epilog: str, settings: type[Config]) -> Parser:
     fields = dataclasses.fields(settings)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(f.metadata['group'] for f in fields)}
     for f in fields:
-        name, meta = f.name, f.metadata
-        group = groups[meta['group']]
-        flags = [flag_of(name)] + ([f'-{meta["alias"]}'] if meta['alias'] else [])
-        want, _, _ = _type_of(name, settings)  # type: ignore[arg-type]
-        help = meta['help']
-        if f.default not in (None, dataclasses.MISSING, ()) and want is not bool:
-            shown = ' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            help += f' (default: {shown})'
-        if want is bool:
-            action = 'store_true' if meta['flag'] else argparse.BooleanOptionalAction
-            group.add_argument(*flags, action=action, help=help)
-        elif want is dict:
-            group.add_argument(*flags, nargs='*', metavar='NAME=VALUE', help=help)
-        elif typing.get_origin(want) is tuple:
-            group.add_argument(*flags, nargs='*' if f.default == () else '+', metavar='X', help=help)
-        else:
-            text = 'PATH' if meta['path'] is True else 'NAME'
-            value = {int: 'N', float: 'X'}.get(want, text)
-            metavar = '{' + ','.join(meta['choices']) + '}' if meta['choices'] else value
-            group.add_argument(*flags, metavar=metavar, help=help)
+        _add_setting(groups[f.metadata['group']], f.name, settings)
     return parser
+
+
+def _add_setting(to: Any, name: str, settings: type[Config]) -> None:
+    """Add a setting's flag to a parser or a group of one; nothing is filled in where the flag is not given."""
+    f = settings.__dataclass_fields__[name]
+    meta = f.metadata
+    flags = [flag_of(name)] + ([f'-{meta["alias"]}'] if meta['alias'] else [])
+    want, _, _ = _type_of(name, settings)  # type: ignore[arg-type]
+    help = meta['help']
+    if f.default not in (None, dataclasses.MISSING, ()) and want is not bool:
+        shown = ' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        help += f' (default: {shown})'
+    common = dict(help=help, default=argparse.SUPPRESS)
+    if want is bool:
+        to.add_argument(*flags, action='store_true' if meta['flag'] else argparse.BooleanOptionalAction, **common)
+    elif want is dict:
+        to.add_argument(*flags, nargs='*', metavar='NAME=VALUE', **common)
+    elif typing.get_origin(want) is tuple:
+        to.add_argument(*flags, nargs='*' if f.default == () else '+', metavar='X', **common)
+    else:
+        text = 'PATH' if meta['path'] is True else 'NAME'
+        value = {int: 'N', float: 'X'}.get(want, text)
+        to.add_argument(*flags, metavar='{' + ','.join(meta['choices']) + '}' if meta['choices'] else value, **common)
+
+
+def add_settings(to: Any, *functions: str, but: Iterable[str] = ()) -> None:
+    """Add to the parser of another program the flags of all settings that some functions take (``used_by``).
+
+    Args:
+        to: the parser.
+        but: settings that it asks for otherwise.
+    """
+    for name, f in Config.__dataclass_fields__.items():
+        if name not in but and any(function in f.metadata['used_by'] for function in functions):
+            _add_setting(to, name, Config)
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings among the parsed arguments of a program, checked and converted.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    return _checked({name: value for name, value in vars(args).items() if name in FIELDS}, Config)
+
+
+def _checked(given: dict[str, Any], settings: type[Config]) -> dict[str, Any]:
+    values = {}
+    for name, value in given.items():
+        try:
+            values[name] = _check_value(name, value, settings)
+        except ValueError as e:
+            raise UsageError(f'{flag_of(name)}: {e}') from None
+    return values
 
 
 def parse_args(
@@ -285,12 +320,7 @@ def parse_args(
         if first.startswith('-'):
             raise UsageError(f'unknown flag {first}{did_you_mean(first, flags, 1)}; --help lists them')
         raise UsageError(f"unexpected '{first}'; every value needs a flag before it, --help lists them")
-    values = {}
-    for name, value in given.items():
-        try:
-            values[name] = _check_value(name, value, settings)
-        except ValueError as e:
-            raise UsageError(f'{flag_of(name)}: {e}') from None
+    values = _checked(given, settings)
     if (resume := values.get('resume', from_file.get('resume'))) not in (None, 'auto'):
         if from_file:
             raise UsageError(f'--resume {resume}: a run is resumed with its own settings; leave --config out')

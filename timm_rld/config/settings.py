@@ -183,7 +183,7 @@ class Config:
     in_chans: int = setting(3, DATA, 'image channels: 3 (RGB) or 1 (grey)', choices=('1', '3'),
         used_by='open_splits create_student create_teacher')  # fmt: skip
     img_size: int | None = setting(None, DATA, "image size (default: the student's)", gt=0, sample=32,
-        used_by='create_student')  # fmt: skip
+        used_by='create_student check_data:image_size')  # fmt: skip
     mean: Floats | None = setting(None, DATA, "normalisation of the student (default: its own config's)",
         used_by='create_student')  # fmt: skip
     std: Floats | None = setting(None, DATA, "normalisation of the student (default: its own config's)", gt=0,

@@ -1,5 +1,6 @@
 """Data: sources → (uint8 pixels, target, index), with replayable augmentation."""
 
+from .check import Finding, Findings, check_data, describe
 from .holdout import stratified_holdout
 from .loader import Loader, create_loaders
 from .look import first_look
@@ -10,6 +11,7 @@ from .splits import open_splits
 from .transforms import eval_transform, train_transform
 
 __all__ = [
-    'create_loaders', 'eval_transform', 'first_look', 'Loader', 'MixedTarget', 'Mixup', 'open_split', 'open_splits',
-    'ReplaySampler', 'SAMPLE_NOTE', 'Source', 'Step', 'stratified_holdout', 'train_transform',
+    'check_data', 'create_loaders', 'describe', 'eval_transform', 'Finding', 'Findings', 'first_look', 'Loader',
+    'MixedTarget', 'Mixup', 'open_split', 'open_splits', 'ReplaySampler', 'SAMPLE_NOTE', 'Source', 'Step',
+    'stratified_holdout', 'train_transform',
 ]  # fmt: skip
