@@ -85,7 +85,7 @@ def check_tool(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from timm_rld import __main__ as tools
 
     called = []
-    for name in ('list_things', 'compare', 'verify_cache', 'push', 'evaluate', 'predict', 'report'):
+    for name in ('list_things', 'compare', 'verify_cache', 'push', 'evaluate', 'predict', 'report', 'check_data'):
         monkeypatch.setattr(tools, name, lambda *args, name=name: called.append((name, args)))
     for name in bench.BENCHMARKS:
         monkeypatch.setattr(bench.benchmark(name), 'run', lambda args: called.append(('bench', args)))

@@ -28,7 +28,7 @@ FLOORS = {
     'distributed': {'errors', 'files'},
     'models': {'_timm'},
     'loss': {'errors'},
-    'data': {'errors', 'offline', '_timm'},
+    'data': {'errors', 'files', 'offline', '_timm'},
     'pairing': {'errors', 'offline', '_timm'},
     'run_folder': {'errors', 'files'},
     # 3
@@ -70,6 +70,8 @@ FLOORS = {
     # 7
     '__main__': {
         'errors',
+        'files',
+        'data',
         'config',
         'loss',
         'models',

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from .bench import BENCHMARKS, benchmark
-from .config import FIELDS, Config, Parser, add_setting, checked, list_recipes, marked
-from .errors import UsageError, UserError, run_main
+from .config import (
+    FIELDS,
+    Config,
+    Parser,
+    add_settings,
+    given_settings,
+    list_recipes,
+    marked,
+    resolve,
+    taken_by,
+)
+from .errors import UsageError, UserError, run_main, writing
+from .files import write_atomic
+
+# prefixes of the names that --dataset takes; anything else is a folder
+DATASETS = ('hfds', 'hfids', 'wds', 'torch', 'tfds')
+MODEL = 'a run folder, a model folder, hf-hub:user/model, or a timm name (its published weights)'
+LAUNCHER = "in place of python, e.g. 'accelerate launch --num_processes 2'"
 
 
 def list_things(what: str, pattern: str) -> None:
@@ -26,6 +45,58 @@ def list_things(what: str, pattern: str) -> None:
             print(f'{path}  {first_line}')
 
 
+def check_data(args: argparse.Namespace) -> None:
+    """Look at a dataset, print what is found, and raise what would hurt a training."""
+    from .data import check_data, describe, open_splits
+    from .report import data_page
+
+    if args.write_skip_list:
+        writable('--write-skip-list', args.write_skip_list)
+    if args.report:
+        writable('--report', args.report)
+        data_page.check_installed()
+    config = resolve(Config(**given_settings(args, data_settings()), **dataset_of(args)))
+    splits = open_splits(log=print, **config.arguments_of('open_splits'))
+    findings = check_data(*splits, progress=True, **config.arguments_of('check_data'))
+    print(describe(findings))
+    if args.write_skip_list:
+        with writing(args.write_skip_list):
+            write_atomic(Path(args.write_skip_list), os.fsencode(''.join(f'{line}\n' for line in findings.broken)))
+        print(f'\n{args.write_skip_list}: {len(findings.broken):,} images to leave out, for --skip-list')
+    if args.report:
+        with writing(args.report):
+            write_atomic(Path(args.report), data_page.findings_page(findings, splits, args.target))
+        print(f'\n{args.report}: the same with pictures')
+    if hurting := findings.hurting:
+        raise UserError(f'this would hurt a training: {", ".join(f.name for f in hurting)}')
+
+
+def data_settings() -> list[str]:
+    """The settings that a look at a dataset takes as flags: all of the data but `--dataset`, which is its argument."""
+    return [name for name in taken_by('open_splits', 'check_data') if name != 'dataset']
+
+
+def dataset_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The setting that DIR_OR_DATASET stands for."""
+    kind, sep, rest = args.target.partition('/')
+    if sep and rest and kind.lower() in DATASETS:
+        return {'dataset': args.target}
+    if 'data_dir' in args:
+        raise UsageError(f'--data-dir {args.data_dir}: the folder is named already, {args.target}; give one of the two')
+    return {'data_dir': args.target}
+
+
+def writable(flag: str, path: str) -> None:
+    """Raise UserError where a file could not be written, before the work that it is to hold."""
+    folder = os.path.dirname(path) or '.'
+    if os.path.isdir(path):
+        raise UserError(f'{flag} {path}: a folder; name a file in it')
+    if not os.path.isdir(folder):
+        raise UserError(f'{flag} {path}: {folder} is no folder')
+    if not os.access(folder, os.W_OK):
+        raise UserError(f'{flag} {path}: {folder} cannot be written to (no permission)')
+
+
 def compare(args: argparse.Namespace) -> None:
     """Run a comparison, print its table, and raise what failed."""
     from .compare import compare, markdown
@@ -38,16 +109,38 @@ def compare(args: argparse.Namespace) -> None:
         raise UserError(f'{of_all} failed; the same command repeats them, and no others:\n{reasons}')
 
 
-def verify_cache(args: argparse.Namespace) -> None:
-    """Recompute some rows of a teacher cache."""
-    from .cache import verify
+def tune(args: argparse.Namespace) -> None:
+    """Run a search, print what it has found, and raise what failed of the final runs."""
+    from .tune import markdown, tune
 
-    if args.rows < 1:
-        raise UsageError(f'--rows {args.rows}: must be at least 1')
-    if args.seed < 0:
-        raise UsageError(f'--seed {args.seed}: must be at least 0')
-    print(verify(args.folder, rows=args.rows, seed=args.seed, data_dir=args.data_dir,
-                 teacher_checkpoint=args.teacher_checkpoint, device=args.device))  # fmt: skip
+    found = tune(
+        args.criteria, args.seeds, args.flags, args.output, budget=args.budget, shared=args.tune,
+        holdout=args.tune_holdout, launcher=args.launcher, log=functools.partial(print, flush=True),
+    )  # fmt: skip
+    print(markdown(found), end='')
+    if failed := found['failed']:
+        reasons = '\n'.join(run['reason'] for run in failed)
+        raise UserError(f'{len(failed)} final runs failed; the same command repeats them, and no others:\n{reasons}')
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluate a model on a dataset."""
+    from .inference import evaluate_model
+
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f'--batch-size {args.batch_size}: must be at least 1')
+    given = given_settings(args, marked('evaluation'))
+    evaluate_model(args.model, given=given, weights=args.weights, teacher=args.teacher, batch_size=args.batch_size,
+                   device=args.device, output=args.output)  # fmt: skip
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Write the classes of image files."""
+    from .inference import predict_files
+
+    predict_files(args.model, args.paths, top_k=args.top_k, format=args.format, output=args.output,
+                  weights=args.weights, device=args.device, batch_size=args.batch_size,
+                  workers=args.workers)  # fmt: skip
 
 
 def report(args: argparse.Namespace) -> None:
@@ -67,78 +160,33 @@ def push(args: argparse.Namespace) -> None:
     push_run(args.folder, **{name: getattr(args, name) or value for name, value in settings.items()})
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Evaluate a model on a dataset."""
-    from .inference import evaluate_model
+def verify_cache(args: argparse.Namespace) -> None:
+    """Recompute some rows of a teacher cache."""
+    from .cache import verify
 
-    given = checked({name: getattr(args, name) for name in marked('evaluation') if hasattr(args, name)})
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UsageError(f'--batch-size {args.batch_size}: must be at least 1')
-    evaluate_model(args.model, given=given, weights=args.weights, teacher=args.teacher, batch_size=args.batch_size,
-                   device=args.device, output=args.output)  # fmt: skip
-
-
-def predict(args: argparse.Namespace) -> None:
-    """Write the classes of image files."""
-    from .inference import predict_files
-
-    predict_files(args.model, args.paths, top_k=args.top_k, format=args.format, output=args.output,
-                  weights=args.weights, device=args.device, batch_size=args.batch_size,
-                  workers=args.workers)  # fmt: skip
+    if args.rows < 1:
+        raise UsageError(f'--rows {args.rows}: must be at least 1')
+    if args.seed < 0:
+        raise UsageError(f'--seed {args.seed}: must be at least 0')
+    print(verify(args.folder, rows=args.rows, seed=args.seed, data_dir=args.data_dir,
+                 teacher_checkpoint=args.teacher_checkpoint, device=args.device))  # fmt: skip
 
 
-def add_inference(verbs: Any) -> None:
-    """Add the verbs that use a model."""
-    model = 'a run folder, a model folder, hf-hub:user/model, or a timm name (its published weights)'
+def _add_data(verbs: Any) -> None:
     verb = verbs.add_parser(
-        'evaluate', help='accuracy, calibration and speed of a model on a dataset', allow_abbrev=False,
-        description='A run is evaluated on its own validation split, unless another is given. '
-        '`accelerate launch -m timm_rld evaluate …` uses several GPUs.',
+        'data', help='look at a dataset before training on it', allow_abbrev=False,
+        usage='timm-rld data DIR_OR_DATASET [--report FILE] [--write-skip-list FILE] [flags of train_distill.py]',
+        description='Decodes and compares all images. The exit code is 1 if something would hurt a training.',
     )  # fmt: skip
-    verb.add_argument('model', metavar='RUN_OR_MODEL', help=model)
-    verb.add_argument('--teacher', metavar='NAME', help="a model to compare with, or the run's teacher")
-    verb.add_argument('--output', metavar='DIR', help='write predictions, figures of each class and confusion matrix')
-    verb.add_argument('--batch-size', '-b', type=int, metavar='N', help="per process (default: the run's, or 128)")
-    verb.set_defaults(run=evaluate)
-    for name in marked('evaluation'):
-        add_setting(verb, name)
-    asked = verbs.add_parser(
-        'predict', help='the classes of image files', allow_abbrev=False,
-        description='A row an image, in the order of the arguments: file, class_1, prob_1, class_2, …',
-    )  # fmt: skip
-    asked.add_argument('model', metavar='RUN_OR_MODEL', help=model)
-    asked.add_argument('paths', nargs='+', metavar='PATH', help='image files, and folders of them')
-    asked.add_argument('--top-k', type=int, default=5, metavar='N', help='classes of each image (default: 5)')
-    asked.add_argument(
-        '--format', choices=('csv', 'json', 'parquet'), help="default: that of the output's name, or csv"
-    )
-    asked.add_argument('--output', metavar='FILE', help='default: stdout')
-    asked.add_argument('--batch-size', '-b', type=int, default=64, metavar='N', help='default: 64')
-    asked.add_argument('--workers', '-j', type=int, metavar='N', help='default: 4, or the cores if fewer')
-    asked.set_defaults(run=predict)
-    for both in (verb, asked):
-        which = 'of a run: last epoch, best on the validation split, moving average (default: last)'
-        both.add_argument('--weights', choices=('last', 'best', 'ema'), default='last', help=which)
-        both.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
+    verb.add_argument('target', metavar='DIR_OR_DATASET', help='a folder as for --data-dir, or a name as for --dataset')
+    verb.add_argument('--report', metavar='FILE', default='', help='write a page with pictures of each class (HTML)')
+    verb.add_argument('--write-skip-list', metavar='FILE', default='',
+                      help='write the images that cannot be read, for --skip-list')  # fmt: skip
+    add_settings(verb.add_argument_group('as for train_distill.py'), data_settings())
+    verb.set_defaults(run=check_data)
 
 
-def parse(argv: list[str]) -> None:
-    """Read the command line, and run its verb."""
-    parser = Parser(prog='timm-rld', description='Tools around train_distill.py.', allow_abbrev=False)
-    verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
-    verb = verbs.add_parser('list', help='list criteria, models or recipes')
-    verb.add_argument('what', choices=('criteria', 'models', 'recipes'))
-    verb.add_argument('pattern', nargs='?', default='', help="of models, e.g. '*resnet*'")
-    verb.set_defaults(run=lambda a: list_things(a.what, a.pattern))
-
-    verb = verbs.add_parser('bench', help='measure a training step, or the criteria')
-    whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
-    for name, help in BENCHMARKS.items():
-        what = whats.add_parser(name, help=help, description=f'Measures: {help}.', allow_abbrev=False)
-        if argv[:2] == ['bench', name]:
-            benchmark(name).add_arguments(what)
-            what.set_defaults(run=lambda a, name=name: print(benchmark(name).run(a)))
-
+def _add_compare(verbs: Any) -> None:
     verb = verbs.add_parser(
         'compare', help='one pair under several criteria and seeds', allow_abbrev=False,
         usage='timm-rld compare --criteria NAME … --seeds N … --output DIR --teacher NAME --student NAME '
@@ -149,10 +197,93 @@ def parse(argv: list[str]) -> None:
                       help="default: none kd dkd rld; options after a colon: 'rld:beta=2,temperature=1'")  # fmt: skip
     verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2], help='default: 0 1 2')
     verb.add_argument('--output', metavar='DIR', default='output/compare', help='default: output/compare')
-    verb.add_argument('--launcher', metavar='COMMAND', default='',
-                      help="in place of python, e.g. 'accelerate launch --num_processes 2'")  # fmt: skip
+    verb.add_argument('--launcher', metavar='COMMAND', default='', help=LAUNCHER)
     verb.set_defaults(run=compare)
 
+
+def _add_tune(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        'tune', help='search the settings of distillation for a pair and its data', allow_abbrev=False,
+        usage='timm-rld tune --teacher NAME --student NAME --output DIR [--criteria NAME …] [--budget 6x] '
+        '[flags of train_distill.py]',
+        description='Candidates are compared on a share of the training split; winner, default and none are then run '
+        'in full. After an interruption the same command continues.',
+    )  # fmt: skip
+    verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['rld', 'kd', 'dkd'],
+                      help='default: rld kd dkd; the first is the default to beat; options after a colon stay fixed: '
+                      "'rld:beta=2'")  # fmt: skip
+    verb.add_argument('--budget', metavar='Nx', default='6x', help='of the search, in whole runs (default: 6x)')
+    verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2],
+                      help='of the final runs (default: 0 1 2)')  # fmt: skip
+    verb.add_argument('--tune', nargs='+', metavar='NAME', default=[], help="search this too: 'lr'")
+    verb.add_argument('--tune-holdout', type=float, metavar='X', default=0.1,
+                      help='share of the training split to choose by (default: 0.1)')  # fmt: skip
+    verb.add_argument('--output', metavar='DIR', default='output/tune', help='default: output/tune')
+    verb.add_argument('--launcher', metavar='COMMAND', default='', help=LAUNCHER)
+    verb.set_defaults(run=tune)
+
+
+def _add_evaluate(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        'evaluate', help='accuracy, calibration and speed of a model on a dataset', allow_abbrev=False,
+        description='A run is evaluated on its own validation split, unless another is given. '
+        '`accelerate launch -m timm_rld evaluate …` uses several GPUs.',
+    )  # fmt: skip
+    verb.add_argument('model', metavar='RUN_OR_MODEL', help=MODEL)
+    verb.add_argument('--teacher', metavar='NAME', help="a model to compare with, or the run's teacher")
+    verb.add_argument('--output', metavar='DIR', help='write predictions, figures of each class and confusion matrix')
+    verb.add_argument('--batch-size', '-b', type=int, metavar='N', help="per process (default: the run's, or 128)")
+    verb.set_defaults(run=evaluate)
+    add_settings(verb, marked('evaluation'))
+    _add_model_choices(verb)
+
+
+def _add_predict(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        'predict', help='the classes of image files', allow_abbrev=False,
+        description='A row an image, in the order of the arguments: file, class_1, prob_1, class_2, …',
+    )  # fmt: skip
+    verb.add_argument('model', metavar='RUN_OR_MODEL', help=MODEL)
+    verb.add_argument('paths', nargs='+', metavar='PATH', help='image files, and folders of them')
+    verb.add_argument('--top-k', type=int, default=5, metavar='N', help='classes of each image (default: 5)')
+    verb.add_argument('--format', choices=('csv', 'json', 'parquet'), help="default: that of the output's name, or csv")
+    verb.add_argument('--output', metavar='FILE', help='default: stdout')
+    verb.add_argument('--batch-size', '-b', type=int, default=64, metavar='N', help='default: 64')
+    verb.add_argument('--workers', '-j', type=int, metavar='N', help='default: 4, or the cores if fewer')
+    verb.set_defaults(run=predict)
+    _add_model_choices(verb)
+
+
+def _add_model_choices(verb: Any) -> None:
+    which = 'of a run: last epoch, best on the validation split, moving average (default: last)'
+    verb.add_argument('--weights', choices=('last', 'best', 'ema'), default='last', help=which)
+    verb.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
+
+
+def _add_report(verbs: Any) -> None:
+    verb = verbs.add_parser('report', help='a page of a run, or of a comparison: figures, pictures, what to try next',
+                            description='One HTML file that opens offline, and tables as CSV beside it.',
+                            allow_abbrev=False)  # fmt: skip
+    verb.add_argument('folder', metavar='RUN', help='the folder of a run, or of a comparison')
+    verb.add_argument('--baseline', metavar='RUN', help='a run with --distill none to compare with')
+    verb.add_argument('--output', metavar='FILE', help='default: report.html in the folder')
+    verb.add_argument('--data-dir', metavar='DIR', help='where the data lie now, if they have been moved')
+    verb.set_defaults(run=report)
+
+
+def _add_push(verbs: Any) -> None:
+    verb = verbs.add_parser('push', help='push a finished run to the Hugging Face Hub', allow_abbrev=False,
+                             description='The token comes from HF_TOKEN or `hf auth login`.')  # fmt: skip
+    verb.add_argument('folder', metavar='RUN', help='a run folder')
+    verb.add_argument('--hub-model-id', metavar='USER/NAME', help="default: <student>-<distill> of the token's user")
+    verb.add_argument('--hub-private-repo', action='store_true', help='make a new repository private')
+    verb.add_argument('--hub-license', metavar='NAME', help="default: the run's")
+    which = "of the last epoch, the best on the validation split, or the moving average (default: the run's)"
+    verb.add_argument('--hub-weights', choices=('last', 'best', 'ema'), help=which)
+    verb.set_defaults(run=push)
+
+
+def _add_cache(verbs: Any) -> None:
     verb = verbs.add_parser('cache', help="check a cache of a teacher's logits")
     whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
     about = 'recompute a random sample of rows from images and teacher, and compare'
@@ -165,33 +296,44 @@ def parse(argv: list[str]) -> None:
     what.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
     what.set_defaults(run=verify_cache)
 
-    add_inference(verbs)
 
-    verb = verbs.add_parser('report', help='a page of a run, or of a comparison: figures, pictures, what to try next',
-                            description='One HTML file that opens offline, and tables as CSV beside it.',
-                            allow_abbrev=False)  # fmt: skip
-    verb.add_argument('folder', metavar='RUN', help='the folder of a run, or of a comparison')
-    verb.add_argument('--baseline', metavar='RUN', help='a run with --distill none to compare with')
-    verb.add_argument('--output', metavar='FILE', help='default: report.html in the folder')
-    verb.add_argument('--data-dir', metavar='DIR', help='where the data lie now, if they have been moved')
-    verb.set_defaults(run=report)
+def _add_bench(verbs: Any, argv: list[str]) -> None:
+    verb = verbs.add_parser('bench', help='measure a training step, or the criteria')
+    whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
+    for name, help in BENCHMARKS.items():
+        what = whats.add_parser(name, help=help, description=f'Measures: {help}.', allow_abbrev=False)
+        if argv[:2] == ['bench', name]:
+            benchmark(name).add_arguments(what)
+            what.set_defaults(run=lambda a, name=name: print(benchmark(name).run(a)))
 
-    verb = verbs.add_parser('push', help='push a finished run to the Hugging Face Hub', allow_abbrev=False,
-                             description='The token comes from HF_TOKEN or `hf auth login`.')  # fmt: skip
-    verb.add_argument('folder', metavar='RUN', help='a run folder')
-    verb.add_argument('--hub-model-id', metavar='USER/NAME', help="default: <student>-<distill> of the token's user")
-    verb.add_argument('--hub-private-repo', action='store_true', help='make a new repository private')
-    verb.add_argument('--hub-license', metavar='NAME', help="default: the run's")
-    which = "of the last epoch, the best on the validation split, or the moving average (default: the run's)"
-    verb.add_argument('--hub-weights', choices=('last', 'best', 'ema'), help=which)
-    verb.set_defaults(run=push)
 
+def _add_list(verbs: Any) -> None:
+    verb = verbs.add_parser('list', help='list criteria, models or recipes')
+    verb.add_argument('what', choices=('criteria', 'models', 'recipes'))
+    verb.add_argument('pattern', nargs='?', default='', help="of models, e.g. '*resnet*'")
+    verb.set_defaults(run=lambda a: list_things(a.what, a.pattern))
+
+
+def parse(argv: list[str]) -> None:
+    """Read the command line, and run its verb."""
+    parser = Parser(prog='timm-rld', description='Tools around train_distill.py.', allow_abbrev=False)
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+    _add_data(verbs)
+    _add_compare(verbs)
+    _add_tune(verbs)
+    _add_evaluate(verbs)
+    _add_predict(verbs)
+    _add_report(verbs)
+    _add_push(verbs)
+    _add_cache(verbs)
+    _add_bench(verbs, argv)
+    _add_list(verbs)
     if not argv:
         parser.print_help()
         return
     args, rest = parser.parse_known_args(argv)
     args.flags = rest
-    if rest and args.verb != 'compare':
+    if rest and args.verb not in ('compare', 'tune'):
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
     if args.verb != 'list' or args.what == 'models':
         from . import models  # noqa: F401  (in timm's registry; the other lists need neither timm nor torch)

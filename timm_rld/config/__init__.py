@@ -2,9 +2,9 @@
 
 from .parse import (
     Parser,
-    add_setting,
-    checked,
+    add_settings,
     find_recipe,
+    given_settings,
     list_recipes,
     load_yaml,
     load_yaml_text,
@@ -14,10 +14,10 @@ from .parse import (
     to_yaml,
 )
 from .resolve import auto_workers, describe_derived, resolve, uses_sample, warmup_epochs
-from .settings import FIELDS, Config, Origin, absolute, flag_of, marked, setting
+from .settings import FIELDS, Config, Origin, absolute, flag_of, marked, setting, taken_by
 
 __all__ = [
-    'absolute', 'add_setting', 'auto_workers', 'checked', 'Config', 'describe_derived', 'FIELDS', 'find_recipe',
-    'flag_of', 'list_recipes', 'load_yaml', 'load_yaml_text', 'marked', 'Origin', 'parse_args', 'Parser',
-    'recipes_folder', 'resolve', 'run_of', 'setting', 'to_yaml', 'uses_sample', 'warmup_epochs',
+    'absolute', 'add_settings', 'auto_workers', 'Config', 'describe_derived', 'FIELDS', 'find_recipe', 'flag_of',
+    'given_settings', 'list_recipes', 'load_yaml', 'load_yaml_text', 'marked', 'Origin', 'parse_args', 'Parser',
+    'recipes_folder', 'resolve', 'run_of', 'setting', 'taken_by', 'to_yaml', 'uses_sample', 'warmup_epochs',
 ]  # fmt: skip

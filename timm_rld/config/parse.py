@@ -12,7 +12,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -266,12 +266,12 @@ def _parser(prog: str, epilog: str, settings: type[Config]) -> Parser:
     fields = dataclasses.fields(settings)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(f.metadata['group'] for f in fields)}
     for f in fields:
-        add_setting(groups[f.metadata['group']], f.name, settings)
+        _add_setting(groups[f.metadata['group']], f.name, settings)
     return parser
 
 
-def add_setting(group: Any, name: str, settings: type[Config] = Config) -> None:
-    """Add the flag of a setting to an argparse parser or group. Its value is a text: :func:`checked` converts it."""
+def _add_setting(to: Any, name: str, settings: type[Config]) -> None:
+    """Add a setting's flag to a parser or a group of one; nothing is filled in where the flag is not given."""
     f = settings.__dataclass_fields__[name]
     meta = f.metadata
     flags = [flag_of(name)] + ([f'-{meta["alias"]}'] if meta['alias'] else [])
@@ -280,28 +280,35 @@ def add_setting(group: Any, name: str, settings: type[Config] = Config) -> None:
     if f.default not in (None, dataclasses.MISSING, ()) and want is not bool:
         shown = ' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         help += f' (default: {shown})'
+    common = dict(help=help, default=argparse.SUPPRESS)
     if want is bool:
-        action = 'store_true' if meta['flag'] else argparse.BooleanOptionalAction
-        group.add_argument(*flags, action=action, help=help, default=argparse.SUPPRESS)
-        return
-    kwargs: dict[str, Any] = dict(help=help, default=argparse.SUPPRESS)
-    if want is dict:
-        group.add_argument(*flags, nargs='*', metavar='NAME=VALUE', **kwargs)
+        to.add_argument(*flags, action='store_true' if meta['flag'] else argparse.BooleanOptionalAction, **common)
+    elif want is dict:
+        to.add_argument(*flags, nargs='*', metavar='NAME=VALUE', **common)
     elif typing.get_origin(want) is tuple:
-        group.add_argument(*flags, nargs='*' if f.default == () else '+', metavar='X', **kwargs)
+        to.add_argument(*flags, nargs='*' if f.default == () else '+', metavar='X', **common)
     else:
         text = 'PATH' if meta['path'] is True else 'NAME'
         value = {int: 'N', float: 'X'}.get(want, text)
-        metavar = '{' + ','.join(meta['choices']) + '}' if meta['choices'] else value
-        group.add_argument(*flags, metavar=metavar, **kwargs)
+        to.add_argument(*flags, metavar='{' + ','.join(meta['choices']) + '}' if meta['choices'] else value, **common)
 
 
-def checked(given: dict[str, Any], settings: type[Config] = Config) -> dict[str, Any]:
-    """Return what argparse read of settings' flags, converted.
+def add_settings(to: Any, names: Iterable[str]) -> None:
+    """Add the flags of some settings to the parser of another program, or to a group of one."""
+    for name in names:
+        _add_setting(to, name, Config)
+
+
+def given_settings(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return those of some settings (:func:`add_settings`) that the parsed arguments of a program give, converted.
 
     Raises:
-        UsageError: for a value that is none of the setting.
+        UsageError: naming the flag.
     """
+    return _checked({name: getattr(args, name) for name in names if hasattr(args, name)}, Config)
+
+
+def _checked(given: dict[str, Any], settings: type[Config]) -> dict[str, Any]:
     values = {}
     for name, value in given.items():
         try:
@@ -342,7 +349,7 @@ def parse_args(
         if first.startswith('-'):
             raise UsageError(f'unknown flag {first}{did_you_mean(first, flags, 1)}; --help lists them')
         raise UsageError(f"unexpected '{first}'; every value needs a flag before it, --help lists them")
-    values = checked(given, settings)
+    values = _checked(given, settings)
     if (resume := values.get('resume', from_file.get('resume'))) not in (None, 'auto'):
         if from_file:
             raise UsageError(f'--resume {resume}: a run is resumed with its own settings; leave --config out')

@@ -209,7 +209,7 @@ class Config:
     in_chans: int = setting(3, DATA, 'image channels: 3 (RGB) or 1 (grey)', choices=('1', '3'),
         used_by='open_splits create_student create_teacher')  # fmt: skip
     img_size: int | None = setting(None, DATA, "image size (default: the student's)", gt=0, sample=32,
-        used_by='create_student')  # fmt: skip
+        used_by='create_student check_data:image_size')  # fmt: skip
     mean: Floats | None = setting(None, DATA, "normalisation of the student (default: its own config's)",
         used_by='create_student')  # fmt: skip
     std: Floats | None = setting(None, DATA, "normalisation of the student (default: its own config's)", gt=0,
@@ -448,6 +448,11 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 def marked(mark: str, value: Any = True, settings: type[Config] = Config) -> list[str]:
     """Return the names of the settings whose rows carry a mark, e.g. ``marked('resumable')``."""
     return [f.name for f in dataclasses.fields(settings) if f.metadata[mark] == value]
+
+
+def taken_by(*functions: str) -> list[str]:
+    """Return the names of the settings that some functions take as arguments (``used_by``)."""
+    return [name for name, f in FIELDS.items() if not f.metadata['used_by'].keys().isdisjoint(functions)]
 
 
 def flag_of(name: str) -> str:

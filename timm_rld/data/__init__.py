@@ -1,5 +1,6 @@
 """Data: sources → (uint8 pixels, target, index), with replayable augmentation."""
 
+from .check import Finding, Findings, check_data, describe
 from .class_weights import class_counts, class_weights, describe_classes
 from .holdout import stratified_holdout
 from .loader import Loader, create_loaders
@@ -11,7 +12,8 @@ from .splits import open_splits
 from .transforms import eval_transform, train_transform
 
 __all__ = [
-    'class_counts', 'class_weights', 'create_loaders', 'describe_classes', 'eval_transform', 'first_look', 'Loader',
+    'check_data', 'class_counts', 'class_weights', 'create_loaders', 'describe', 'describe_classes',
+    'eval_transform', 'Finding', 'Findings', 'first_look', 'Loader',
     'MixedTarget', 'Mixup', 'open_split', 'open_splits', 'ReplaySampler', 'SAMPLE_NOTE', 'Source', 'Step',
     'stratified_holdout', 'train_transform',
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .. import metrics
-from ..config import FIELDS, Config, resolve
+from ..config import Config, resolve, taken_by
 from ..data import Loader, Source, eval_transform, open_splits
 from ..distributed import create_accelerator, main_first, main_only
 from ..engine import (
@@ -107,7 +107,7 @@ def evaluate_model(
 
 def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, teacher: str | None) -> Config:
     """Return the settings of an evaluation: a run's, with what is given in their place."""
-    run, of_data = opened.settings, _used_by('open_splits')
+    run, of_data = opened.settings, taken_by('open_splits')
     if run is None and not given.get('dataset') and not given.get('data_dir'):
         raise UsageError(f'{opened.name}: give --data-dir D or --dataset NAME to evaluate it on')
     base = run or Config()
@@ -115,7 +115,7 @@ def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, 
     if 'dataset' in given or ('data_dir' in given and (base.dataset or '').startswith(('hfds/', 'hfids/'))):
         base = dataclasses.replace(base, **Config().pick(*of_data))
     if run is None or teacher != run.teacher:
-        base = dataclasses.replace(base, **Config().pick(*_used_by('create_teacher')))
+        base = dataclasses.replace(base, **Config().pick(*taken_by('create_teacher')))
     elif opened.run is not None and (opened.run / 'teacher' / 'config.json').is_file():
         teacher = str(opened.run / 'teacher')  # it was trained there
     size = batch_size or (run or base).validation_batch_size
@@ -128,14 +128,9 @@ def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, 
     return config
 
 
-def _used_by(function: str) -> list[str]:
-    """Return the names of the settings that a function takes."""
-    return [name for name, f in FIELDS.items() if function in f.metadata['used_by']]
-
-
 def _open_split(opened: OpenModel, config: Config, given: dict[str, Any]) -> Source:
     arguments = config.arguments_of('open_splits')
-    if opened.settings is None or set(given) & set(_used_by('open_splits')):  # it need not have a training split
+    if opened.settings is None or set(given) & set(taken_by('open_splits')):  # it need not have a training split
         arguments |= {'train_split': arguments['val_split'], 'train_num_samples': arguments['val_num_samples']}
     return open_splits(**arguments)[1]
 
