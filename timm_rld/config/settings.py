@@ -170,14 +170,14 @@ class Config:
     # data
     dataset: str | None = setting(None, DATA,
         'hfds/NAME_OR_PATH, hfids/NAME (streaming), wds/…, torch/NAME; default: folders in --data-dir',
-        used_by='open_splits', path='prefixed', evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', path='prefixed', evaluation=True)  # fmt: skip
     data_dir: str | None = setting(None, DATA, 'root folder (or cache folder of an hfds/, hfids/ --dataset)',
-        used_by='open_splits', path=True, evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', path=True, evaluation=True)  # fmt: skip
     train_split: str | None = setting(None, DATA, 'name of the training split (default: train, training)',
         sample='train', used_by='open_splits')  # fmt: skip
     val_split: str | None = setting(None, DATA,
         'name of the validation split (default: the first there is of validation, val, valid, dev, test)',
-        sample='test', used_by='open_splits', belongs_to='val_fraction', evaluation=True)  # fmt: skip
+        sample='test', used_by='open_splits open_validation', belongs_to='val_fraction', evaluation=True)  # fmt: skip
     val_fraction: float | None = setting(None, DATA,
         'validate on this part of the training split, the same of each class, and train on the rest', gt=0, le=0.99,
         used_by='open_splits')  # fmt: skip
@@ -185,29 +185,29 @@ class Config:
         used_by='open_splits')  # fmt: skip
     labels: str | None = setting(None, DATA,
         'table with a row for each image, .csv or .parquet: path, label, split; in place of class folders',
-        used_by='open_splits', path=True, evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', path=True, evaluation=True)  # fmt: skip
     drop_unlabeled: bool = setting(False, DATA, 'leave out images whose label is missing (None or -1)', flag=True,
-        used_by='open_splits', evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', evaluation=True)  # fmt: skip
     train_num_samples: int | None = setting(None, DATA,
         'number of images of a streamed training split, where the dataset does not give it', gt=0,
         used_by='open_splits')  # fmt: skip
     val_num_samples: int | None = setting(None, DATA,
         'number of images of a streamed validation split, where the dataset does not give it', gt=0,
-        used_by='open_splits', evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', evaluation=True)  # fmt: skip
     dataset_download: bool = setting(False, DATA, 'let torch/ and hfids/ datasets download', flag=True,
-        used_by='open_splits', resumable=True, evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', resumable=True, evaluation=True)  # fmt: skip
     num_classes: int | None = setting(None, DATA, 'number of classes, where the dataset does not give it', ge=2,
-        used_by='open_splits', evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', evaluation=True)  # fmt: skip
     class_map: str | None = setting(None, DATA, 'class-to-index file of the dataset (.txt), as in timm',
-        used_by='open_splits', path=True, evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', path=True, evaluation=True)  # fmt: skip
     input_key: str | None = setting(None, DATA,
         'image column (default: image); of --labels, the column with the paths (default: path, file, image, …)',
-        used_by='open_splits', belongs_to='dataset', evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', belongs_to='dataset', evaluation=True)  # fmt: skip
     target_key: str | None = setting(None, DATA,
-        'label column (default: label); of --labels (default: label, class, target, …)', used_by='open_splits',
-        belongs_to='dataset', evaluation=True)  # fmt: skip
+        'label column (default: label); of --labels (default: label, class, target, …)',
+        used_by='open_splits open_validation', belongs_to='dataset', evaluation=True)  # fmt: skip
     in_chans: int = setting(3, DATA, 'image channels: 3 (RGB) or 1 (grey)', choices=('1', '3'),
-        used_by='open_splits create_student create_teacher')  # fmt: skip
+        used_by='open_splits open_validation create_student create_teacher')  # fmt: skip
     img_size: int | None = setting(None, DATA, "image size (default: the student's)", gt=0, sample=32,
         used_by='create_student check_data:image_size')  # fmt: skip
     mean: Floats | None = setting(None, DATA, "normalisation of the student (default: its own config's)",
@@ -222,7 +222,7 @@ class Config:
     batch_size: int | None = setting(None, DATA, 'images per process and step (default: 128)', gt=0, alias='b',
         sample=64, used_by='open_splits create_loaders')  # fmt: skip
     validation_batch_size: int | None = setting(None, DATA, 'default: --batch-size', gt=0,
-        used_by='open_splits create_loaders')  # fmt: skip
+        used_by='open_splits open_validation create_loaders')  # fmt: skip
     workers: int | Literal['auto'] | None = setting(None, DATA,
         "loader processes per training process (default: 4, or the cores if fewer); 'auto': its share of the cores "
         'but one', ge=0, alias='j', used_by='create_loaders', resumable=True, evaluation=True)  # fmt: skip
@@ -231,12 +231,12 @@ class Config:
         'grey value on average', flag=True, used_by='create_loaders', logits=True, evaluation=True)  # fmt: skip
     no_exif: bool = setting(False, DATA,
         'leave photographs as they are stored, as timm does, whatever orientation their EXIF data gives', flag=True,
-        used_by='open_splits', logits=True, evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', logits=True, evaluation=True)  # fmt: skip
     skip_list: str | None = setting(None, DATA,
         'file with images to leave out of training and validation, a path a line (below --data-dir, or absolute)',
-        used_by='open_splits', resumable=True, path=True, evaluation=True)  # fmt: skip
+        used_by='open_splits open_validation', resumable=True, path=True, evaluation=True)  # fmt: skip
     seed: int = setting(42, DATA, 'seed of weights, order and augmentation', ge=0, le=2**32 - 1024,
-        used_by='open_splits create_loaders Mixup', per_run=True)  # fmt: skip
+        used_by='open_splits open_validation create_loaders Mixup', per_run=True)  # fmt: skip
 
     # augmentation
     no_aug: bool = setting(False, AUG, 'no augmentation', flag=True, used_by='create_loaders', logits=True)

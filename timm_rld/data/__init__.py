@@ -8,12 +8,12 @@ from .look import first_look
 from .mixup import MixedTarget, Mixup
 from .sampler import ReplaySampler, Step
 from .sources import SAMPLE_NOTE, Source, open_split
-from .splits import open_splits
+from .splits import open_splits, open_validation
 from .transforms import eval_transform, train_transform
 
 __all__ = [
     'check_data', 'class_counts', 'class_weights', 'create_loaders', 'describe', 'describe_classes',
-    'eval_transform', 'Finding', 'Findings', 'first_look', 'Loader',
-    'MixedTarget', 'Mixup', 'open_split', 'open_splits', 'ReplaySampler', 'SAMPLE_NOTE', 'Source', 'Step',
-    'stratified_holdout', 'train_transform',
+    'eval_transform', 'Finding', 'Findings', 'first_look', 'Loader', 'MixedTarget', 'Mixup', 'open_split',
+    'open_splits', 'open_validation', 'ReplaySampler', 'SAMPLE_NOTE', 'Source', 'Step', 'stratified_holdout',
+    'train_transform',
 ]  # fmt: skip

@@ -98,6 +98,33 @@ def open_splits(
     return train, val
 
 
+def open_validation(
+    dataset: str | None,
+    val_split: str | None = None,
+    *,
+    labels: str | None = None,
+    data_dir: str | None = None,
+    val_num_samples: int | None = None,
+    validation_batch_size: int = 1,
+    log: Callable[[str], object] = lambda _: None,
+    **kwargs: Any,
+) -> Source:
+    """Open the validation split of a dataset alone, which need not have another; arguments as :func:`open_splits`."""
+    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    table = None
+    if labels is not None:
+        table = read_table(labels, data_dir, kwargs.get('input_key'), kwargs.get('target_key'))
+    known = _known(dataset, data_dir, table)
+    source = open_split(
+        dataset, val_split or _validation_name(known, None, dataset), flag='--val-split', labels=table,
+        data_dir=data_dir, num_samples=val_num_samples, batch_size=validation_batch_size, **kwargs,
+    )  # fmt: skip
+    if val_split is None and known.kind != 'sample':
+        log(f'Validation split: {source.split} (--val-split names another)')
+    _log_left_out(source, log)
+    return source
+
+
 def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
     """Return the part of a split to train on and the part to validate on, see :func:`stratified_holdout`.
 
@@ -307,7 +334,7 @@ def _holds_classes(root: str, name: str) -> bool:
     return not path.is_dir() or any(p.is_dir() and not p.name.startswith('.') for p in path.iterdir())
 
 
-def _validation_name(known: _Known, train: Source, dataset: str | None) -> str:
+def _validation_name(known: _Known, train: Source | None, dataset: str | None) -> str:
     """Return the name of the validation split where none was given, or raise UserError that offers to cut one."""
     there = known.there if known.there is not None else _names_on_hub(dataset, train)
     if name := first_named(there or (), VALIDATION_NAMES):

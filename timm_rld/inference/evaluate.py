@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..config import Config, resolve, taken_by
-from ..data import Loader, Source, eval_transform, open_splits
+from ..data import Loader, Source, eval_transform, open_splits, open_validation
 from ..distributed import create_accelerator, main_first, main_only
 from ..engine import (
     Recorder,
@@ -75,7 +75,7 @@ def evaluate_model(
         config.mixed_precision = 'no'  # of a run on a GPU
     accelerator = create_accelerator(cpu=device == 'cpu', **config.arguments_of('create_accelerator'))
     config.mixed_precision = accelerator.mixed_precision
-    val = main_first(accelerator, lambda: _open_split(opened, config, given or {}))
+    val = main_first(accelerator, lambda: _open_split(config, log or accelerator.print))
     outputs = output_of_each_class(opened, val.class_names, val.num_classes)
     loader = _loader(opened, val, config, accelerator)
     pair = Pair(opened.model, None, opened.normalize, opened.data_config)
@@ -86,7 +86,7 @@ def evaluate_model(
     sizes = main_only(accelerator, lambda: describe_size_and_speed(pair, accelerator, config, list(recorders)))
     found: Evaluation = {
         'model': name, 'weights': weights, 'teacher': config.teacher, 'dataset': config.dataset or config.data_dir,
-        'val_split': config.val_split, 'images': len(table['index']), 'classes': val.num_classes,
+        'val_split': val.split, 'images': len(table['index']), 'classes': val.num_classes,
         'models': {
             who: {**sizes[who], **figures(table, who, recorder.temperature, val.num_classes)}
             for who, recorder in recorders.items()
@@ -114,6 +114,8 @@ def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, 
     # with a run's own dataset, --data-dir says where it lies now; with one of the Hub, that it is another one
     if 'dataset' in given or ('data_dir' in given and (base.dataset or '').startswith(('hfds/', 'hfids/'))):
         base = dataclasses.replace(base, **Config().pick(*of_data))
+    elif given.keys() & {'labels', 'val_split'}:  # not the part of the training split that the run held out
+        base = dataclasses.replace(base, val_fraction=None, val_seed=None)
     if run is None or teacher != run.teacher:
         base = dataclasses.replace(base, **Config().pick(*taken_by('create_teacher')))
     elif opened.run is not None and (opened.run / 'teacher' / 'config.json').is_file():
@@ -124,15 +126,13 @@ def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, 
     config.teacher = teacher and model_name(teacher, '--teacher')
     config.teacher_pretrained = True
     config.in_chans = opened.data_config['input_size'][0]
-    config.val_split = config.val_split or 'validation'
     return config
 
 
-def _open_split(opened: OpenModel, config: Config, given: dict[str, Any]) -> Source:
-    arguments = config.arguments_of('open_splits')
-    if opened.settings is None or set(given) & set(taken_by('open_splits')):  # it need not have a training split
-        arguments |= {'train_split': arguments['val_split'], 'train_num_samples': arguments['val_num_samples']}
-    return open_splits(**arguments)[1]
+def _open_split(config: Config, log: Callable[[str], object]) -> Source:
+    if config.val_fraction is not None:
+        return open_splits(**config.arguments_of('open_splits'))[1]
+    return open_validation(log=log, **config.arguments_of('open_validation'))  # it need not have a training split
 
 
 def _open_teacher(pair: Pair, val: Source, config: Config) -> Teacher:
