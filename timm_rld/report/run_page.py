@@ -272,7 +272,7 @@ def picture(r: Report, row: int, tone: str = '') -> Picture:
     lines: list[str | tuple[str, str]] = [label]
     for who, said in (('student', p.student), ('teacher', p.teacher)):
         if said is not None:
-            name = '' if said.right[row] else f'{r.name(said.top1[row])} '
+            name = '' if said.right[row] else f'{r.name(said.top1[row])}, '
             lines.append((who, f'{name}{100 * said.top1_prob[row]:.0f}%'))
     file = Path(p.file[row]).name or f'image {p.index[row]}'
     return Picture(r.images.thumbnail(int(p.index[row])), lines, f'{file}, label {label}', tone)
