@@ -469,7 +469,8 @@ def test_a_run_without_predictions_has_the_other_blocks_and_says_how_to_get_them
     (planted / 'results.json').write_text(json.dumps({k: v for k, v in results.items() if k != 'models'}))
     html = page_of(planted)
     for key in ('answers', 'classes', 'calibration'):
-        assert 'timm-rld evaluate' in block(html, key)
+        shown = re.sub('<[^>]+>', '', block(html, key))
+        assert f'timm-rld evaluate {planted} --teacher cifar_resnet20 --output {planted}' in shown
     for key in ('verdict', 'curves', 'images', 'time', 'settings'):
         assert '<aside class="meaning' in block(html, key)
 

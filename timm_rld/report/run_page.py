@@ -119,8 +119,9 @@ def base_facts(r: Report) -> dict[str, Any]:
     temperature = options.get('temperature')
     words = shlex.split(results['command'])
     padding = settings.get('crop_padding') or 4
-    data = [x for n in ('dataset', 'data_dir', 'train_split', 'val_split') if settings.get(n)
-            for x in (flag_of(n), str(settings[n]))]  # fmt: skip
+    target = settings.get('dataset') or settings.get('data_dir') or 'DIR_OR_DATASET'
+    data = [target, *(x for n in ('data_dir', 'train_split', 'val_split') if settings.get(n) not in (None, target)
+                      for x in (flag_of(n), str(settings[n])))]  # fmt: skip
     measured = {'teacher': results.get('teacher'), 'student': results.get('student'),
                 'img_size': data_config(r.run)['input_size'][-1], 'batch_size': settings.get('batch_size')}  # fmt: skip
     bench = [x for n, v in measured.items() if v and not str(v).startswith(('local-dir:', 'hf-hub:'))
@@ -257,8 +258,8 @@ def _sizes(r: Report) -> Table | None:
 
 
 def _no_predictions(r: Report) -> dict[str, Any]:
-    dataset = r.run.settings.get('data_dir')
-    words = ['timm-rld', 'evaluate', str(r.run.folder), *(['--data-dir', str(dataset)] if dataset else []),
+    teacher = r.results.get('teacher')  # of a run that trained its teacher, this means the trained one
+    words = ['timm-rld', 'evaluate', str(r.run.folder), *(['--teacher', teacher] if teacher else []),
              '--output', str(r.run.folder)]  # fmt: skip
     return {'missing': 'This run has no predictions.parquet, so that this block is empty. This makes it:',
             'missing_command': shlex.join(words)}  # fmt: skip
@@ -272,7 +273,7 @@ def picture(r: Report, row: int, tone: str = '') -> Picture:
     lines: list[str | tuple[str, str]] = [label]
     for who, said in (('student', p.student), ('teacher', p.teacher)):
         if said is not None:
-            name = '' if said.right[row] else f'{r.name(said.top1[row])} '
+            name = '' if said.right[row] else f'{r.name(said.top1[row])}, '
             lines.append((who, f'{name}{100 * said.top1_prob[row]:.0f}%'))
     file = Path(p.file[row]).name or f'image {p.index[row]}'
     return Picture(r.images.thumbnail(int(p.index[row])), lines, f'{file}, label {label}', tone)
