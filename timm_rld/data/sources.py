@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import SampleError, UserError
 from ..offline import hub_in_reach
+from .targets import targets_of
 from .transforms import in_mode
 
 SAMPLE_DIR = Path(__file__).parent / 'sample'
@@ -37,6 +41,7 @@ class Source:
         streamed: whether it can only be read in order.
         image_mode: PIL mode that images are converted to.
         shards: of `wds/`, files that its readers share out, none of which is read by two.
+        part: where the split is a part of the dataset, the places in the dataset of its images; else None.
     """
 
     dataset: Any
@@ -46,10 +51,59 @@ class Source:
     streamed: bool
     image_mode: str
     shards: int | None = None
+    part: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         """Images of the split; of a streamed one, those that one process reads."""
-        return len(self.dataset)
+        return len(self.dataset) if self.part is None else len(self.part)
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64], split: str | None = None) -> Source:
+        """Return a part of this split, with the same classes: the images at some indices, in that order.
+
+        Args:
+            split: its name; None for that of the whole.
+        """
+        assert not self.streamed
+        part = np.asarray(indices, dtype=np.int64)
+        part = part if self.part is None else self.part[part]
+        return dataclasses.replace(self, part=part, split=split or self.split)
+
+    def place(self, index: int) -> int:
+        """Return where in the dataset an image of the split lies."""
+        return int(index) if self.part is None else int(self.part[index])
+
+    @cached_property
+    def targets(self) -> NDArray[np.int64] | None:
+        """Class of each image, known without reading one (-1: unlabelled); None for a stream, and where the dataset
+        does not say."""
+        found = None if self.streamed else targets_of(self.dataset)
+        return found if found is None or self.part is None else found[self.part]
+
+    def path(self, index: int) -> Path | None:
+        """Return the file of an image; None where it has none of its own."""
+        place = self.place(index)
+        reader: Any = getattr(self.dataset, 'reader', None)
+        samples = getattr(self.dataset if reader is None else reader, 'samples', None)
+        if samples is not None and isinstance(samples[place][0], str):
+            return Path(samples[place][0])
+        columns = getattr(reader, 'dataset', None)
+        if reader is not None and hasattr(columns, 'unique') and (row := columns[place][reader.image_key]) and not row['bytes']:
+            return Path(row['path']) if row['path'] else None
+        return None
+
+    def key(self, index: int) -> str:
+        """Return what stands for an image, whatever others there are: its path below the root of the split, with
+        slashes, or, where it has none, its place in the dataset."""
+        place, reader = self.place(index), getattr(self.dataset, 'reader', None)
+        samples: Any = getattr(self.dataset if reader is None else reader, 'samples', None)
+        if samples is None:
+            return str(place)
+        name = samples[place][0]
+        if isinstance(name, str):
+            root = os.path.join(getattr(self.dataset if reader is None else reader, 'root', ''), '')
+            return name.removeprefix(root).replace(os.sep, '/')
+        info, archive, inner = name  # of a tar, which may lie in a folder of tars, or in a tar
+        return '/'.join([*([archive] if archive else []), *([inner.name] if inner is not None else []), info.path])
 
     @property
     def declared(self) -> int | None:
@@ -65,16 +119,20 @@ class Source:
         columns: Any = getattr(reader, 'dataset', None)
         if samples is not None and len(samples) and isinstance(samples[0][0], str):
             start = len(str(reader.root))
-            for path, target in samples:
+            for path, target in samples if self.part is None else (samples[i] for i in self.part.tolist()):
                 digest.update(f'{path[start:]}\0{target}\n'.encode('utf-8', 'surrogateescape'))
-        elif not self.streamed and hasattr(columns, 'unique') and reader.label_key in columns.column_names:
+            return digest.hexdigest()[:12]
+        if not self.streamed and hasattr(columns, 'unique') and reader.label_key in columns.column_names:
             digest.update(repr(list(columns[reader.label_key])).encode())
+        if self.part is not None:
+            digest.update(repr(self.part.tolist()).encode())
         return digest.hexdigest()[:12]
 
     def sample_digest(self, count: int = 32) -> str:
         """A short digest of some images, evenly spaced, as they lie in their files."""
         digest, reader = hashlib.sha256(), getattr(self.dataset, 'reader', None)
         for index in np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist():
+            index = self.place(index)
             try:
                 if reader is None:
                     image = self.dataset[index][0]
@@ -98,6 +156,7 @@ class Source:
         Raises:
             SampleError: where it cannot be read, naming the file or index.
         """
+        index = self.place(index)
         reader: Any = getattr(self.dataset, 'reader', None)
         try:
             if reader is None:  # a torchvision dataset
