@@ -86,9 +86,10 @@ class Source:
         samples = getattr(self.dataset if reader is None else reader, 'samples', None)
         if samples is not None and isinstance(samples[place][0], str):
             return Path(samples[place][0])
-        columns = getattr(reader, 'dataset', None)
-        if reader is not None and hasattr(columns, 'unique') and (row := columns[place][reader.image_key]) and not row['bytes']:
-            return Path(row['path']) if row['path'] else None
+        columns: Any = getattr(reader, 'dataset', None)
+        if hasattr(columns, 'unique'):
+            row = columns[place][reader.image_key]
+            return Path(row['path']) if row and row['path'] and not row['bytes'] else None
         return None
 
     def key(self, index: int) -> str:
