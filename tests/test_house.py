@@ -35,7 +35,9 @@ FLOORS = {
     'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
     'hub': {'errors', 'offline', 'config', 'run_folder'},
     'resume': {'errors', 'config', 'distributed', 'data', 'run_folder'},
-    'compare': {'errors', 'files', 'config', 'loss'},
+    'runs': {'errors', 'files', 'config', 'loss'},
+    'compare': {'errors', 'files', 'config', 'runs'},
+    'tune': {'errors', 'files', 'config', 'data', 'loss', 'runs'},
     # 4
     'engine': {
         'errors',
@@ -52,7 +54,7 @@ FLOORS = {
     # 5
     'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
     # 6
-    '__main__': {'errors', 'config', 'loss', 'models', 'run_folder', 'cache', 'hub', 'compare', 'bench'},
+    '__main__': {'errors', 'config', 'loss', 'models', 'run_folder', 'cache', 'hub', 'compare', 'tune', 'bench'},
     # it loads each public name's room when the name is first used
     '__init__': {'models'},
 }

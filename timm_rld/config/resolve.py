@@ -97,6 +97,10 @@ def _check(c: Config) -> None:
     """Raise UsageError for resolved settings that contradict each other."""
     if c.hub_weights == 'ema' and not c.model_ema:
         raise UsageError('--hub-weights ema: needs --model-ema')
+    if c.train_on_holdout and c.tune_holdout is None:
+        raise UsageError('--train-on-holdout: needs --tune-holdout')
+    if c.tune_holdout is not None and c.push_to_hub:
+        raise UsageError('--push-to-hub: a run with --tune-holdout has no validation split to give a figure of')
     if not c.epochs and not c.teacher_epochs:
         raise UsageError('--epochs 0: trains the teacher alone, so --teacher-epochs N is needed')
     for name in ('cutmix_minmax', 'scale', 'ratio'):

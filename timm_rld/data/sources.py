@@ -294,9 +294,16 @@ def open_splits(
     val_num_samples: int | None = None,
     batch_size: int = 1,
     validation_batch_size: int = 1,
+    tune_holdout: float | None = None,
+    train_on_holdout: bool = False,
     **kwargs: Any,
 ) -> tuple[Source, Source]:
     """Open the training and the validation split of a dataset; arguments as :func:`open_split`.
+
+    Args:
+        tune_holdout: in the place of the validation split, which is not opened, hold out this share of the training
+            split (:func:`hold_out_to_tune`).
+        train_on_holdout: and train on it nevertheless.
 
     Returns:
         The two splits.
@@ -308,6 +315,10 @@ def open_splits(
         dataset, train_split, flag='--train-split', is_training=True, num_samples=train_num_samples,
         batch_size=batch_size, **kwargs,
     )  # fmt: skip
+    if tune_holdout is not None:
+        from .tune_holdout import hold_out_to_tune
+
+        return hold_out_to_tune(train, tune_holdout, kwargs.get('seed', 42), train_on_holdout)
     val = open_split(
         dataset, val_split, flag='--val-split', num_samples=val_num_samples, batch_size=validation_batch_size, **kwargs
     )

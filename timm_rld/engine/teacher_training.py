@@ -107,7 +107,7 @@ def evaluate_teacher(
         top1, digest = metrics['top1'], weights_digest(pair.teacher)
         if cache is not None:
             cache.end_validation(top1, digest, pair.teacher.folded)
-    found = f'teacher {config.teacher}: top-1 {top1:.2f} on {config.val_split}'
+    found = f'teacher {config.teacher}: top-1 {top1:.2f} on {loader.source.split}'
     accelerator.print('\n  '.join([found, *audit(pair)]))
     check_accuracy(str(config.teacher), top1, pair.num_classes, config.min_teacher_acc)
     return top1, predictions, digest
