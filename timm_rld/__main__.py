@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
+from typing import Any
 
 from .bench import BENCHMARKS, benchmark
 from .config import FIELDS, Config, Parser, list_recipes
@@ -37,6 +39,20 @@ def compare(args: argparse.Namespace) -> None:
         raise UserError(f'{of_all} failed; the same command repeats them, and no others:\n{reasons}')
 
 
+def tune(args: argparse.Namespace) -> None:
+    """Run a search, print what it has found, and raise what failed of the final runs."""
+    from .tune import markdown, tune
+
+    found = tune(
+        args.criteria, args.seeds, args.flags, args.output, budget=args.budget, shared=args.tune,
+        holdout=args.tune_holdout, launcher=args.launcher, log=functools.partial(print, flush=True),
+    )  # fmt: skip
+    print(markdown(found), end='')
+    if failed := found['failed']:
+        reasons = '\n'.join(run['reason'] for run in failed)
+        raise UserError(f'{len(failed)} final runs failed; the same command repeats them, and no others:\n{reasons}')
+
+
 def verify_cache(args: argparse.Namespace) -> None:
     """Recompute some rows of a teacher cache."""
     from .cache import verify
@@ -59,6 +75,44 @@ def push(args: argparse.Namespace) -> None:
     push_run(args.folder, **{name: getattr(args, name) or value for name, value in settings.items()})
 
 
+def _add_several(verbs: Any) -> None:
+    """Add the verbs that hold several runs together; their other flags are those of train_distill.py."""
+    verb = verbs.add_parser(
+        'compare', help='one pair under several criteria and seeds', allow_abbrev=False,
+        usage='timm-rld compare --criteria NAME … --seeds N … --output DIR --teacher NAME --student NAME '
+        '[flags of train_distill.py]',
+        description='The teacher is trained once and shared. After an interruption the same command continues.',
+    )  # fmt: skip
+    verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['none', 'kd', 'dkd', 'rld'],
+                      help="default: none kd dkd rld; options after a colon: 'rld:beta=2,temperature=1'")  # fmt: skip
+    verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2], help='default: 0 1 2')
+    verb.add_argument('--output', metavar='DIR', default='output/compare', help='default: output/compare')
+    verb.add_argument('--launcher', metavar='COMMAND', default='',
+                      help="in place of python, e.g. 'accelerate launch --num_processes 2'")  # fmt: skip
+    verb.set_defaults(run=compare)
+
+    verb = verbs.add_parser(
+        'tune', help='search the settings of distillation for a pair and its data', allow_abbrev=False,
+        usage='timm-rld tune --teacher NAME --student NAME --output DIR [--criteria NAME …] [--budget 6x] '
+        '[flags of train_distill.py]',
+        description='Candidates are compared on a share of the training split; winner, default and none are then run '
+        'in full. After an interruption the same command continues.',
+    )  # fmt: skip
+    verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['rld', 'kd', 'dkd'],
+                      help='default: rld kd dkd; the first is the default to beat; options after a colon stay fixed: '
+                      "'rld:beta=2'")  # fmt: skip
+    verb.add_argument('--budget', metavar='Nx', default='6x', help='of the search, in whole runs (default: 6x)')
+    verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2],
+                      help='of the final runs (default: 0 1 2)')  # fmt: skip
+    verb.add_argument('--tune', nargs='+', metavar='NAME', default=[], help="search this too: 'lr'")
+    verb.add_argument('--tune-holdout', type=float, metavar='X', default=0.1,
+                      help='share of the training split to choose by (default: 0.1)')  # fmt: skip
+    verb.add_argument('--output', metavar='DIR', default='output/tune', help='default: output/tune')
+    verb.add_argument('--launcher', metavar='COMMAND', default='',
+                      help="in place of python, e.g. 'accelerate launch --num_processes 2'")  # fmt: skip
+    verb.set_defaults(run=tune)
+
+
 def parse(argv: list[str]) -> None:
     """Read the command line, and run its verb."""
     parser = Parser(prog='timm-rld', description='Tools around train_distill.py.', allow_abbrev=False)
@@ -76,19 +130,7 @@ def parse(argv: list[str]) -> None:
             benchmark(name).add_arguments(what)
             what.set_defaults(run=lambda a, name=name: print(benchmark(name).run(a)))
 
-    verb = verbs.add_parser(
-        'compare', help='one pair under several criteria and seeds', allow_abbrev=False,
-        usage='timm-rld compare --criteria NAME … --seeds N … --output DIR --teacher NAME --student NAME '
-        '[flags of train_distill.py]',
-        description='The teacher is trained once and shared. After an interruption the same command continues.',
-    )  # fmt: skip
-    verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['none', 'kd', 'dkd', 'rld'],
-                      help="default: none kd dkd rld; options after a colon: 'rld:beta=2,temperature=1'")  # fmt: skip
-    verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2], help='default: 0 1 2')
-    verb.add_argument('--output', metavar='DIR', default='output/compare', help='default: output/compare')
-    verb.add_argument('--launcher', metavar='COMMAND', default='',
-                      help="in place of python, e.g. 'accelerate launch --num_processes 2'")  # fmt: skip
-    verb.set_defaults(run=compare)
+    _add_several(verbs)
 
     verb = verbs.add_parser('cache', help="check a cache of a teacher's logits")
     whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
@@ -117,7 +159,7 @@ def parse(argv: list[str]) -> None:
         return
     args, rest = parser.parse_known_args(argv)
     args.flags = rest
-    if rest and args.verb != 'compare':
+    if rest and args.verb not in ('compare', 'tune'):
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
     if args.verb != 'list' or args.what == 'models':
         from . import models  # noqa: F401  (in timm's registry; the other lists need neither timm nor torch)
