@@ -217,7 +217,7 @@ def test_the_tools_alone_show_their_help(capsys):
 
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ('compare', 'push', 'bench', 'list'))
+    assert all(verb in out for verb in ('compare', 'tune', 'push', 'bench', 'list'))
 
 
 @pytest.mark.parametrize('name', list(CRITERIA))

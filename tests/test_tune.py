@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,25 @@ def test_each_knob_of_the_table_is_one_that_the_trainer_accepts_over_its_whole_r
                 config = resolve(parse_args(Candidate(name, tuple(values.items()), 'sampled').flags(10)))
                 choose_criterion(config.distill, config.standardize, config.distill_kwargs)
                 assert config.distill == name
+
+
+@pytest.mark.parametrize('name', [name for name, row in CRITERIA.items() if row.cls])
+def test_the_docs_list_each_knob_with_its_range(name):
+    page = (Path(__file__).parent.parent / 'docs' / 'tune.md').read_text(encoding='utf-8')
+    (line,) = (x for x in page.splitlines() if x.startswith(f'| `{name}` |'))
+    row = CRITERIA[name]
+    published = {**row.defaults(), **row.options}
+    shown = []
+    for knob in row.knobs:
+        text = f'`{knob.name}`'
+        if knob.factors:
+            text += ' {:g} to {:g}'.format(*(published[knob.name] * factor for factor in knob.factors))
+        elif knob.name == 'distill_warmup_epochs':
+            text += ' ' + ' or '.join(str(Fraction(c).limit_denominator(99)) for c in knob.choices) + ' of the run'
+        elif knob.name != 'standardize':
+            text += ' ' + ' or '.join(f'{c:g}' for c in knob.choices)
+        shown.append(text)
+    assert line == f'| `{name}` | {", ".join(shown)} |'
 
 
 def test_none_and_each_published_setting_are_always_tried_and_sampling_repeats_itself():
@@ -284,6 +304,16 @@ def test_a_candidate_that_diverges_loses_and_is_listed_with_its_reason(search):
     assert '| failed |' in text and f'- `{row["candidate"]}` (1 epochs): ' in text and 'the loss is nan' in text
 
 
+def test_a_candidate_may_fail_in_a_later_rung_too(search):
+    def top1(config: Config) -> float | None:
+        first = config.distill == 'kd' and config.task_loss_weight == 0.5
+        return None if first and config.epochs == 2 else 60.0 if first else 50.0
+
+    found, _ = search(Trainer(top1))
+    assert [r['origin'] for r in found['rungs'][1]['rows'] if r['reason']] == ['ImageNet']
+    assert len(found['rungs'][2]['rows']) == 4 and found['texts']['winner'] == 'none'
+
+
 @pytest.mark.parametrize('fails', ['none', 'kd'])
 def test_where_training_itself_fails_the_search_stops_and_the_same_call_repeats_it(search, fails):
     with pytest.raises(UserError, match='candidates failed.*the loss is nan'):
@@ -426,9 +456,9 @@ def test_a_run_that_outlived_its_search_is_waited_for(tmp_path):
 def argv_of(data: Path, output: Path) -> list[str]:
     return [
         'tune', '--teacher', 'test_resnet', '--student', 'test_resnet', '--data-dir', str(data), '--img-size', '32',
-        '--no-teacher-pretrained', '--teacher-epochs', '1', '--epochs', '2',
-        '-b', '8', '--workers', '0',
-        '--lr', '0.01', '--min-teacher-acc', '0', '--criteria', 'kd', '--budget', '4x', '--seeds', '0', '--output', str(output),
+        '--no-teacher-pretrained', '--teacher-epochs', '1', '--epochs', '2', '-b', '8', '--workers', '0',
+        '--lr', '0.01', '--min-teacher-acc', '0', '--criteria', 'kd', '--budget', '4x', '--seeds', '0',
+        '--output', str(output),
     ]  # fmt: skip
 
 

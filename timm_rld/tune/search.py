@@ -245,7 +245,8 @@ def _race(search: Search, rungs: list[Rung], candidates: list[Candidate], seeds:
             with writing(f'--output: {search.output}'):
                 write_atomic(file, json.dumps(table, indent=1, ensure_ascii=False))
         tables.append(table)
-        racing = {row['number']: candidates[row['number'] - 1] for row in table['rows'] if row['promoted']}
+        going_on = sorted(row['number'] for row in table['rows'] if row['promoted'])
+        racing = {n: candidates[n - 1] for n in going_on}
     search.log(f'search: done in {duration(time.perf_counter() - started)}')
     return tables
 
@@ -268,8 +269,8 @@ def _run_rung(
     """Run the candidates of a rung. Returns their rows.
 
     Raises:
-        UserError: where the first one, `none`, fails, or more than half: then it is not the candidates that are at
-            fault, and the same command runs them again.
+        UserError: where the first one of all, `none`, fails, or more than half: then it is not the candidates that are
+            at fault, and the same command runs them again.
     """
     whole, rung = search.config.epochs or 0, rungs[number - 1]
     rows: list[dict[str, Any]] = []
@@ -295,7 +296,7 @@ def _run_rung(
         left = _left(search, number, place, rungs, racing, seeds)
         search.log(said + (f'; best {best:.2f}' if best is not None else '') + left)
         failed = [r for r in rows if r['reason']]
-        if failed and (place == 1 or 2 * len(failed) > len(racing)):
+        if failed and (index == number == 1 or 2 * len(failed) > len(racing)):
             raise UserError(f'{len(failed)} of {place} candidates failed, so that nothing can be learned from the '
                             f'others; the same command runs them again. {row["reason"]}')  # fmt: skip
     return rows
