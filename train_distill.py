@@ -20,7 +20,7 @@ if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '3000')
 
 import timm_rld  # noqa: E402
-from timm_rld.config import Config, parse_args, resolve, uses_sample  # noqa: E402
+from timm_rld.config import Config, parse_args, resolve  # noqa: E402
 from timm_rld.errors import run_main  # noqa: E402
 
 
@@ -46,10 +46,10 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         config.hub_model_id = main_only(accelerator, check)
 
     # ---- data
-    if uses_sample(config):
-        log(data.SAMPLE_NOTE)
-    open_splits = functools.partial(data.open_splits, **config.arguments_of('open_splits'))
+    open_splits = functools.partial(data.open_splits, log=log, **config.arguments_of('open_splits'))
     train_split, val_split = main_first(accelerator, open_splits)
+    config.train_split = train_split.split  # what was taken belongs into args.yaml
+    config.val_split = val_split.split if config.val_fraction is None else None
     num_classes, class_names = train_split.num_classes, train_split.class_names
 
     # ---- student, teacher

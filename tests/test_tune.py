@@ -192,6 +192,15 @@ def test_the_share_is_of_each_class_and_is_left_out_of_training_but_for_the_teac
     assert len(whole) == 41 and same.digest() == held.digest()
 
 
+def test_the_share_is_of_what_val_fraction_leaves_whatever_the_seed(folder, tmp_path):
+    shutil.copytree(folder / 'train', tmp_path / 'train')
+    _, validation = open_folder(tmp_path, tune_holdout=None, val_fraction=0.1, val_seed=7, seed=0, val_split=None)
+    parts = open_folder(tmp_path, val_fraction=0.1, val_seed=7, seed=42, val_split=None)
+    whole, _ = open_folder(tmp_path, val_fraction=0.1, val_seed=7, seed=42, val_split=None, train_on_holdout=True)
+    seen = {source.key(i) for source in (*parts, whole) for i in range(len(source))}
+    assert len(seen) + len(validation) == 41 and not seen & set(validation.keys())
+
+
 def test_a_class_too_small_to_hold_out_from_is_named_with_what_would_do(folder, tmp_path):
     shutil.copytree(folder / 'train', tmp_path / 'train')
     for path in sorted((tmp_path / 'train' / 'pear').iterdir())[9:]:
@@ -368,6 +377,12 @@ def test_a_folder_of_another_search_is_refused_by_what_differs(search, flags, kw
         search(Trainer(stop_at=2))
     with pytest.raises(UserError, match=message):
         search(Trainer(), *flags, **kwargs)
+
+
+def test_all_runs_hold_the_same_validation_images_out(search):
+    configs: list[Config] = []
+    search(Trainer(lambda c: configs.append(c) or 50.0), '--val-fraction', '0.1')
+    assert {(c.val_fraction, c.val_seed) for c in configs} == {(0.1, 42)} and len({c.seed for c in configs}) == 4
 
 
 def test_a_folder_of_a_comparison_is_refused(search):

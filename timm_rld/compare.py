@@ -24,6 +24,7 @@ from .runs import (
     paired_difference,
     parse_variant,
     run_training,
+    same_held_out,
     slug,
     train_teacher,
 )
@@ -63,8 +64,8 @@ def compare(
         Stopped: after SIGTERM or SIGINT.
     """
     output = Path(output).expanduser()
-    flags = list(flags)
-    config = _check(criteria, seeds, flags)
+    config = _check(criteria, seeds, list(flags))
+    flags = [*flags, *same_held_out(config)]
     variants = [parse_variant(c) for c in criteria]
     claim(output, config, 'a comparison')
     launch = launch_command(launcher)

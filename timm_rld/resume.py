@@ -21,7 +21,8 @@ from .run_folder import claim, is_finished, write_inputs
 
 def open_run(config: Config, accelerator: Accelerator, train: Source, val: Source) -> Path:
     """Make the run folder: `OUTPUT/EXPERIMENT`, by default `output/<time>-<student>-<distill>`, the same on all ranks,
-    and write args.yaml and facts.json into it; or with `--resume` continue in the one that is there.
+    and write args.yaml and facts.json into it (with `--val-fraction` also validation.txt: what is held out); or with
+    `--resume` continue in the one that is there.
 
     Args:
         train, val: the splits.
@@ -52,7 +53,8 @@ def open_run(config: Config, accelerator: Accelerator, train: Source, val: Sourc
                 finished = is_finished(folder, config.epochs)
             elif config.resume:
                 accelerator.print(f'--resume {config.resume}: nothing to resume in {folder}, starting a new run')
-            write_inputs(folder, to_yaml(dataclasses.replace(config, resume=None)), facts)
+            held_out = val.keys() if config.val_fraction is not None else None
+            write_inputs(folder, to_yaml(dataclasses.replace(config, resume=None)), facts, held_out)
         except OSError as e:
             error = UserError(f'--output: {folder} cannot be written ({e.strerror or e}); give another --output')
         except UserError as e:

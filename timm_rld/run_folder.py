@@ -45,9 +45,13 @@ def claim(folder: Path, resume: bool) -> bool:
     return any((folder / part).exists() for part in ('checkpoints', 'teacher'))
 
 
-def write_inputs(folder: Path, args_yaml: str, facts: dict[str, Any]) -> None:
-    """Write args.yaml and facts.json, unless they are there with this content."""
-    for file, text in (('args.yaml', args_yaml), ('facts.json', json.dumps(facts, indent=1))):
+def write_inputs(folder: Path, args_yaml: str, facts: dict[str, Any], held_out: list[str] | None = None) -> None:
+    """Write args.yaml and facts.json, unless they are there with this content; and in validation.txt, one a line, the
+    images that are held out for validation, if any are."""
+    files = {'args.yaml': args_yaml, 'facts.json': json.dumps(facts, indent=1)}
+    if held_out is not None:
+        files['validation.txt'] = ''.join(f'{name}\n' for name in held_out)
+    for file, text in files.items():
         if not (folder / file).exists() or (folder / file).read_text(encoding='utf-8') != text:
             write_atomic(folder / file, text)
 

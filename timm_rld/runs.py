@@ -119,6 +119,12 @@ def check_unique(what: str, values: Sequence[Any]) -> None:
         raise UsageError(f'{what}: {twice[0]} is there twice')
 
 
+def same_held_out(config: Config) -> list[str]:
+    """Return flags that hold the same images out in all runs: the teacher, which is trained once, must not have seen
+    them."""
+    return ['--val-seed', str(config.seed)] if config.val_fraction is not None and config.val_seed is None else []
+
+
 def claim(output: Path, config: Config, what: str) -> None:
     """Write the settings into a folder, as settings.yaml, so that runs under others are never put into one table.
 

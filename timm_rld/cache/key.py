@@ -46,7 +46,7 @@ class CacheKey:
         """
         facts = {
             **self._teacher(weights),
-            **self._split('train_split', self.train),
+            **self._split(self.train),
             'image size': self.data_config['input_size'],
             '--seed': self.arguments['create_loaders']['seed'],
             **self.depends_on,
@@ -60,7 +60,7 @@ class CacheKey:
         """Return what the validation rows depend on; arguments as in :meth:`training`."""
         how = {k: self.data_config[k] for k in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')}
         draft = self.arguments['create_loaders']['jpeg_draft']
-        return _plain({**self._teacher(weights), **self._split('val_split', self.val), **how, '--jpeg-draft': draft})
+        return _plain({**self._teacher(weights), **self._split(self.val), **how, '--jpeg-draft': draft})
 
     def _teacher(self, weights: str) -> dict[str, Any]:
         a = self.arguments['create_teacher']
@@ -84,13 +84,13 @@ class CacheKey:
             '--mixed-precision': self.precision,
         }
 
-    def _split(self, which: str, source: Source) -> dict[str, Any]:
+    def _split(self, source: Source) -> dict[str, Any]:
         a = self.arguments['open_splits']
         dataset = a['dataset']
         if dataset and os.path.exists(os.path.expanduser(dataset.partition('/')[2])):
             dataset = 'a folder'  # it may be moved: the digest identifies it
         return {
-            '--dataset': dataset, '--input-key': a['input_key'], 'split': a[which], 'images': len(source),
+            '--dataset': dataset, '--input-key': a['input_key'], 'split': source.split, 'images': len(source),
             'classes': source.num_classes, 'files and labels (a digest)': source.digest(),
             'a sample of images (a digest)': source.sample_digest(),
         }  # fmt: skip

@@ -19,7 +19,7 @@ def auto_workers() -> int:
 
 def uses_sample(config: Config) -> bool:
     """Return whether no dataset is named, so that the run uses the sample that ships with the package."""
-    return config.dataset is None and config.data_dir is None
+    return config.dataset is None and config.data_dir is None and config.labels is None
 
 
 def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
@@ -47,8 +47,6 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         teacher_pretrained=True,
         teacher_epochs=0,
         sched_on_updates=False,
-        train_split='train',
-        val_split='validation',
         smoothing=0.1,
         train_crop_mode='rrc',
         hflip=0.5,
@@ -70,6 +68,8 @@ def resolve(config: Config, num_processes: int = 1, **published: Any) -> Config:
         )
         c.lr = c.lr_base * (ratio**0.5 if by_root else ratio)
     _default(c, teacher_lr=c.lr)
+    if c.val_fraction is not None:
+        _default(c, val_seed=c.seed)
     _resolve_cache(c)
     _check(c)
     return c
@@ -87,6 +87,8 @@ def _resolve_sample(c: Config) -> None:
     for name in ('train_split', 'val_split', 'class_map', 'input_key', 'target_key'):
         if getattr(c, name) not in (None, defaults.get(name)):
             raise UsageError(f'{flag_of(name)} {getattr(c, name)}: needs a --dataset or --data-dir to apply to')
+    if c.val_fraction is not None:
+        del defaults['val_split']
     own_weights = c.teacher_checkpoint is not None or ':' in (c.teacher or '')
     _default(c, teacher_pretrained=own_weights, teacher_epochs=0 if own_weights else None)
     _default(c, **defaults)
@@ -101,6 +103,15 @@ def _check(c: Config) -> None:
         raise UsageError('--train-on-holdout: needs --tune-holdout')
     if c.tune_holdout is not None and c.push_to_hub:
         raise UsageError('--push-to-hub: a run with --tune-holdout has no validation split to give a figure of')
+    if c.val_fraction is None and c.val_seed is not None:
+        raise UsageError(f'--val-seed {c.val_seed}: needs --val-fraction')
+    if c.val_fraction is not None and c.val_split is not None:
+        raise UsageError(
+            f'--val-fraction {c.val_fraction:g} with --val-split {c.val_split}: the validation images are a part of '
+            'the training split, or a split of their own; leave one of the two out'
+        )
+    if c.labels is not None and c.dataset is not None:
+        raise UsageError(f'--labels {c.labels} with --dataset {c.dataset}: name one of the two')
     if not c.epochs and not c.teacher_epochs:
         raise UsageError('--epochs 0: trains the teacher alone, so --teacher-epochs N is needed')
     for name in ('cutmix_minmax', 'scale', 'ratio'):

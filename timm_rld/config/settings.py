@@ -149,9 +149,20 @@ class Config:
         used_by='open_splits', path='prefixed')  # fmt: skip
     data_dir: str | None = setting(None, DATA, 'root folder (or cache folder of an hfds/, hfids/ --dataset)',
         used_by='open_splits', path=True)  # fmt: skip
-    train_split: str | None = setting(None, DATA, 'name of the training split (default: train)', sample='train',
+    train_split: str | None = setting(None, DATA, 'name of the training split (default: train, training)',
+        sample='train', used_by='open_splits')  # fmt: skip
+    val_split: str | None = setting(None, DATA,
+        'name of the validation split (default: the first there is of validation, val, valid, dev, test)',
+        sample='test', used_by='open_splits', belongs_to='val_fraction')  # fmt: skip
+    val_fraction: float | None = setting(None, DATA,
+        'validate on this part of the training split, the same of each class, and train on the rest', gt=0, le=0.99,
         used_by='open_splits')  # fmt: skip
-    val_split: str | None = setting(None, DATA, 'name of the validation split (default: validation)', sample='test',
+    val_seed: int | None = setting(None, DATA, 'which part --val-fraction takes (default: --seed)', ge=0,
+        used_by='open_splits')  # fmt: skip
+    labels: str | None = setting(None, DATA,
+        'table with a row for each image, .csv or .parquet: path, label, split; in place of class folders',
+        used_by='open_splits', path=True)  # fmt: skip
+    drop_unlabeled: bool = setting(False, DATA, 'leave out images whose label is missing (None or -1)', flag=True,
         used_by='open_splits')  # fmt: skip
     tune_holdout: float | None = setting(None, DATA,
         'validate on this share of the training split, held out of each class, and do not open the validation split: '
@@ -171,9 +182,11 @@ class Config:
         used_by='open_splits')  # fmt: skip
     class_map: str | None = setting(None, DATA, 'class-to-index file of the dataset (.txt), as in timm',
         used_by='open_splits', path=True)  # fmt: skip
-    input_key: str | None = setting(None, DATA, 'image column (default: image)', used_by='open_splits',
-        belongs_to='dataset')  # fmt: skip
-    target_key: str | None = setting(None, DATA, 'label column (default: label)', used_by='open_splits',
+    input_key: str | None = setting(None, DATA,
+        'image column (default: image); of --labels, the column with the paths (default: path, file, image, …)',
+        used_by='open_splits', belongs_to='dataset')  # fmt: skip
+    target_key: str | None = setting(None, DATA,
+        'label column (default: label); of --labels (default: label, class, target, …)', used_by='open_splits',
         belongs_to='dataset')  # fmt: skip
     in_chans: int = setting(3, DATA, 'image channels: 3 (RGB) or 1 (grey)', choices=('1', '3'),
         used_by='open_splits create_student create_teacher')  # fmt: skip

@@ -4,7 +4,8 @@ from .holdout import stratified_holdout
 from .loader import Loader, create_loaders
 from .mixup import MixedTarget, Mixup
 from .sampler import ReplaySampler, Step
-from .sources import SAMPLE_NOTE, Source, open_split, open_splits
+from .sources import SAMPLE_NOTE, Source, open_split
+from .splits import open_splits
 from .transforms import eval_transform, train_transform
 
 __all__ = [

@@ -17,7 +17,9 @@ from PIL import Image
 
 from ..errors import SampleError, UserError
 from ..offline import hub_in_reach
-from .targets import targets_of
+from .names import VALIDATION_NAMES, find_named
+from .table import Table, open_table, read_table
+from .targets import UNLABELED, targets_of
 from .transforms import in_mode
 
 SAMPLE_DIR = Path(__file__).parent / 'sample'
@@ -26,7 +28,6 @@ SAMPLE_NOTE = (
     '(UCI handwritten digits: 1,797 images, 10 classes, CC BY 4.0).'
 )
 STREAMED = ('hfids', 'wds', 'tfds')
-_SPLIT_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Source:
         image_mode: PIL mode that images are converted to.
         shards: of `wds/`, files that its readers share out, none of which is read by two.
         part: where the split is a part of the dataset, the places in the dataset of its images; else None.
+        unlabeled: images without a label, which were left out.
     """
 
     dataset: Any
@@ -52,6 +54,7 @@ class Source:
     image_mode: str
     shards: int | None = None
     part: NDArray[np.int64] | None = field(default=None, compare=False)
+    unlabeled: int = 0
 
     def __len__(self) -> int:
         """Images of the split; of a streamed one, those that one process reads."""
@@ -79,13 +82,29 @@ class Source:
         found = None if self.streamed else targets_of(self.dataset)
         return found if found is None or self.part is None else found[self.part]
 
+    @property
+    def _samples(self) -> Any:
+        """What a reader of folders or of a tar has of each image, path and class; None of another dataset."""
+        reader = getattr(self.dataset, 'reader', None)
+        return getattr(self.dataset if reader is None else reader, 'samples', None)
+
+    @property
+    def _root(self) -> str:
+        return str(getattr(getattr(self.dataset, 'reader', self.dataset), 'root', ''))
+
+    def files(self) -> list[str] | None:
+        """Return the path of each image; None where the dataset does not consist of files."""
+        samples = self._samples
+        if samples is None or not len(samples) or not isinstance(samples[0][0], str) or os.path.isfile(self._root):
+            return None
+        return [path for path, _ in samples] if self.part is None else [samples[i][0] for i in self.part.tolist()]
+
     def path(self, index: int) -> Path | None:
         """Return the file of an image; None where it has none of its own."""
-        place = self.place(index)
-        reader: Any = getattr(self.dataset, 'reader', None)
-        samples = getattr(self.dataset if reader is None else reader, 'samples', None)
-        if samples is not None and isinstance(samples[place][0], str):
+        place, samples = self.place(index), self._samples
+        if samples is not None and isinstance(samples[place][0], str) and not os.path.isfile(self._root):
             return Path(samples[place][0])
+        reader: Any = getattr(self.dataset, 'reader', None)
         columns: Any = getattr(reader, 'dataset', None)
         if hasattr(columns, 'unique'):
             row = columns[place][reader.image_key]
@@ -95,16 +114,17 @@ class Source:
     def key(self, index: int) -> str:
         """Return what stands for an image, whatever others there are: its path below the root of the split, with
         slashes, or, where it has none, its place in the dataset."""
-        place, reader = self.place(index), getattr(self.dataset, 'reader', None)
-        samples: Any = getattr(self.dataset if reader is None else reader, 'samples', None)
+        place, samples = self.place(index), self._samples
         if samples is None:
             return str(place)
         name = samples[place][0]
-        if isinstance(name, str):
-            root = os.path.join(getattr(self.dataset if reader is None else reader, 'root', ''), '')
-            return name.removeprefix(root).replace(os.sep, '/')
-        info, archive, inner = name  # of a tar, which may lie in a folder of tars, or in a tar
-        return '/'.join([*([archive] if archive else []), *([inner.name] if inner is not None else []), info.path])
+        if not isinstance(name, str):  # of a tar: the member, and the tars that it lies in
+            return '/'.join(str(getattr(part, 'path', part)) for part in (*samples[place][:0:-1], name) if part)
+        return name.removeprefix(os.path.join(self._root, '')).replace(os.sep, '/')
+
+    def keys(self) -> list[str]:
+        """Return :meth:`key` of each image."""
+        return [self.key(i) for i in range(len(self))]
 
     @property
     def declared(self) -> int | None:
@@ -119,9 +139,9 @@ class Source:
         samples = getattr(reader, 'samples', None)
         columns: Any = getattr(reader, 'dataset', None)
         if samples is not None and len(samples) and isinstance(samples[0][0], str):
-            start = len(str(reader.root))
+            root = str(reader.root)
             for path, target in samples if self.part is None else (samples[i] for i in self.part.tolist()):
-                digest.update(f'{path[start:]}\0{target}\n'.encode('utf-8', 'surrogateescape'))
+                digest.update(f'{path.removeprefix(root)}\0{target}\n'.encode('utf-8', 'surrogateescape'))
             return digest.hexdigest()[:12]
         if not self.streamed and hasattr(columns, 'unique') and reader.label_key in columns.column_names:
             digest.update(repr(list(columns[reader.label_key])).encode())
@@ -184,6 +204,75 @@ def open_split(
     split: str,
     *,
     flag: str,
+    labels: str | Table | None = None,
+    drop_unlabeled: bool = False,
+    **kwargs: Any,
+) -> Source:
+    """Open one split of a dataset or of a table of labels, checking all that can be checked before a run.
+
+    Args:
+        dataset, split, flag, **kwargs: see :func:`open_dataset`.
+        labels: a table of paths and labels (:func:`read_table`), in place of a dataset.
+        drop_unlabeled: leave out images without a label; else they are an error.
+
+    Returns:
+        The split.
+
+    Raises:
+        UserError: as :func:`open_dataset`; also for images without a label, and for a table that does not fit.
+    """
+    if labels is None:
+        source = open_dataset(dataset, split, flag=flag, **kwargs)
+    else:
+        if dataset is not None:
+            raise UserError(f'--labels with --dataset {dataset}: name one of the two')
+        source = _open_labels(labels, split, flag=flag, **kwargs)
+    if drop_unlabeled and source.streamed:
+        raise UserError(f'--drop-unlabeled: {dataset} is streamed, and its labels are not known before they are read')
+    targets = source.targets
+    if targets is None or not (without := int((targets == UNLABELED).sum())):
+        return source
+    if without == len(targets):
+        raise UserError(f'{flag} {source.split}: no image has a label (all are None or -1); name another split')
+    if not drop_unlabeled:
+        raise UserError(
+            f'{flag} {source.split}: {without:,} of {len(targets):,} images have no label (None or -1); '
+            '--drop-unlabeled leaves them out'
+        )
+    source = source.subset(np.flatnonzero(targets != UNLABELED))
+    source.unlabeled = without
+    return source
+
+
+def _open_labels(
+    labels: str | Table,
+    split: str,
+    *,
+    flag: str,
+    data_dir: str | None = None,
+    class_map: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    **_: Any,  # of other datasets
+) -> Source:
+    """Open one split of a table of labels."""
+    table = labels if isinstance(labels, Table) else read_table(labels, data_dir, input_key, target_key)
+    names = None if class_map is None else _read_class_map(class_map, table.root)
+    dataset, count = open_table(table, split, flag, names)
+    class_names = list(dataset.reader.class_to_idx) or None
+    source = Source(dataset, split, count, class_names, False, {1: 'L', 3: 'RGB'}[in_chans])
+    _check_number(source, f'--labels {table.name}', num_classes)
+    _check_split(source, f'--labels {table.name}', flag)
+    return source
+
+
+def open_dataset(
+    dataset: str | None,
+    split: str,
+    *,
+    flag: str,
     data_dir: str | None = None,
     is_training: bool = False,
     num_classes: int | None = None,
@@ -196,12 +285,12 @@ def open_split(
     seed: int = 42,
     dataset_download: bool = False,
 ) -> Source:
-    """Open one split of a dataset, checking all that can be checked before a run.
+    """Open one split of a dataset; images without a label are in it.
 
     Args:
         dataset: timm's dataset name (`hfds/…`, `hfids/…`, `wds/…`, `torch/…`); None for folders or tars in
             ``data_dir``, or the sample if that is None too.
-        split: the split's name.
+        split: the split's name; `.` for ``data_dir`` itself, where the class folders lie right in it.
         flag: the flag that named the split, for messages.
         num_classes: where the dataset does not give it.
 
@@ -255,13 +344,17 @@ def open_split(
     _check_split(source, str(dataset or data_dir), flag)
     if kind == 'hfds':
         try:
-            source.read(_has_image(made.reader).index(True).as_py())  # a null is reported when it is read
+            for index in _whole_rows(source)[:1].tolist():  # a null is reported when it is read
+                source.read(index)
         except SampleError as e:
             raise UserError(f'{e}; is --input-key {input_key or "image"} the image column?') from e
     return source
 
 
 def _check_split(source: Source, name: str, flag: str) -> None:
+    if getattr(source.dataset, 'train', None) is False and source.split not in VALIDATION_NAMES:
+        # timm opens the test images of torch/ for any name but that of the training split
+        raise UserError(f'{flag} {source.split}: no such split in {name} (there: train, validation)')
     if not source.streamed and not len(source):
         raise UserError(f'{flag} {source.split}: holds no images')
     if source.num_classes < 2:
@@ -285,68 +378,6 @@ def _kind_of(dataset: str | None, data_dir: str | None) -> tuple[str, str]:
     return kind, rest
 
 
-def open_splits(
-    dataset: str | None,
-    train_split: str,
-    val_split: str,
-    *,
-    train_num_samples: int | None = None,
-    val_num_samples: int | None = None,
-    batch_size: int = 1,
-    validation_batch_size: int = 1,
-    tune_holdout: float | None = None,
-    train_on_holdout: bool = False,
-    **kwargs: Any,
-) -> tuple[Source, Source]:
-    """Open the training and the validation split of a dataset; arguments as :func:`open_split`.
-
-    Args:
-        tune_holdout: in the place of the validation split, which is not opened, hold out this share of the training
-            split (:func:`hold_out_to_tune`).
-        train_on_holdout: and train on it nevertheless.
-
-    Returns:
-        The two splits.
-
-    Raises:
-        UserError: also where the two do not have the same classes.
-    """
-    train = open_split(
-        dataset, train_split, flag='--train-split', is_training=True, num_samples=train_num_samples,
-        batch_size=batch_size, **kwargs,
-    )  # fmt: skip
-    if tune_holdout is not None:
-        from .tune_holdout import hold_out_to_tune
-
-        return hold_out_to_tune(train, tune_holdout, kwargs.get('seed', 42), train_on_holdout)
-    val = open_split(
-        dataset, val_split, flag='--val-split', num_samples=val_num_samples, batch_size=validation_batch_size, **kwargs
-    )
-    check_same_classes(train, val)
-    return train, val
-
-
-def check_same_classes(train: Source, val: Source) -> None:
-    """Raise UserError unless both splits have the same classes in the same order, naming the first differences."""
-    a, b = train.class_names, val.class_names
-    if a is not None and b is not None and a != b:
-        if missing := [repr(x) for x in a if x not in b]:
-            what = f'{", ".join(missing[:5])} only in {train.split!r}'
-        elif missing := [repr(x) for x in b if x not in a]:
-            what = f'{", ".join(missing[:5])} only in {val.split!r}'
-        else:
-            i = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-            what = f'class {i} is {a[i]!r} in {train.split!r}, {b[i]!r} in {val.split!r}'
-        raise UserError(
-            f'--train-split {train.split} and --val-split {val.split} have different classes: {what}. '
-            'A --class-map FILE (a name a line) gives both the same list.'
-        )
-    if val.num_classes > train.num_classes:
-        raise UserError(
-            f'--train-split {train.split} has {train.num_classes} classes, --val-split {val.split} {val.num_classes}'
-        )
-
-
 def _quiet_datasets() -> None:
     """Spare a run the progress bars of reading its own cache."""
     import datasets
@@ -359,12 +390,14 @@ def _find_split(root: str, split: str, flag: str) -> str:
     and train and validate on the same images."""
     if os.path.isfile(root):
         raise UserError(f'--data-dir {root}: one file holds one split; name a folder with train.tar and validation.tar')
-    names = next((s for s in _SPLIT_SYNONYMS if split in s), ())
-    for name in (split, *names):
-        for candidate in (os.path.join(root, name), os.path.join(root, name + '.tar')):
-            if os.path.exists(candidate) and not os.path.samefile(candidate, root):
-                return candidate
-    there = sorted(p.name.removesuffix('.tar') for p in Path(root).iterdir() if p.is_dir() or p.suffix == '.tar')
+    if split == '.':
+        return root
+    paths = {p.name: p for p in Path(root).iterdir() if p.is_dir() or p.suffix == '.tar'}
+    there = sorted({name.removesuffix('.tar') for name in paths})
+    if split and (found := find_named(there, split)):
+        candidate = str(paths.get(found) or paths[f'{found}.tar'])
+        if not os.path.samefile(candidate, root):
+            return candidate
     listed = ', '.join(there[:8]) + (', …' if len(there) > 8 else '') if there else 'no folder at all'
     raise UserError(f'{flag} {split!r}: no such folder in --data-dir {root} (there: {listed})')
 
@@ -464,6 +497,12 @@ def _has_image(reader: Any) -> Any:
     return pc.or_(*(pc.is_valid(pc.struct_field(column, part)) for part in ('bytes', 'path')))
 
 
+def _whole_rows(source: Source) -> NDArray[np.int64]:
+    """The rows of a table of `hfds/` that have both an image and a label."""
+    assert source.targets is not None
+    return np.flatnonzero(np.asarray(_has_image(source.dataset.reader)) & (source.targets != UNLABELED))
+
+
 def _readable(name: str) -> str:
     """A folder's name as text. Where the locale knows ASCII alone, Python gives its bytes in place of other letters."""
     return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
@@ -486,22 +525,11 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
         if target_key not in columns.column_names:
             raise UserError(f'--target-key {target_key}: no such label column in {name} (columns: {shown})')
         try:
-            labels = columns.unique(target_key)
-        except Exception as e:
-            raise UserError(f'--target-key {target_key}: expected one class index a row ({e})') from e
-        if getattr(reader, 'remap_class', False):
-            names = [reader._source_names.get(x, x) for x in labels]
-            if lost := [n for x, n in zip(labels, names) if x not in mapping and n not in mapping]:
-                raise UserError(f'--class-map: no line for the label {", ".join(map(repr, lost[:5]))} of {name}')
-            labels = None
-        elif not all(isinstance(x, (int, np.integer)) for x in labels):
-            odd = next(x for x in labels if not isinstance(x, (int, np.integer)))
-            raise UserError(
-                f'--target-key {target_key}: expected class indices, found {odd!r}; '
-                'give an integer column, or name the classes with --class-map FILE'
-            )
-        if labels and min(labels) < 0:
-            raise UserError(f'{flag} {source.split}: label {min(labels)} found; this split has no labels to use')
+            targets = source.targets
+        except UserError as e:
+            raise UserError(f'{e} of {name}' if '--class-map: no line' in str(e) else str(e)) from e
+        if targets is not None and not getattr(reader, 'remap_class', False):
+            labels = np.unique(targets[targets != UNLABELED]).tolist()
     if mapping:
         source.num_classes = max(mapping.values()) + 1
         by_index = {i: _readable(str(n)) for n, i in mapping.items()}
@@ -510,12 +538,17 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
     elif getattr(source.dataset, 'classes', None):
         source.class_names = [str(c) for c in source.dataset.classes]
         source.num_classes = len(source.class_names)
-    elif labels:
-        source.num_classes = max(labels) + 1
+    elif labels is not None:
+        source.num_classes = max(labels, default=1) + 1  # where none has a label, that is the error
     elif num_classes is None:
         raise UserError(f'{name} does not give its number of classes; give --num-classes N')
     if labels and source.class_names and max(labels) >= source.num_classes:
         raise UserError(f'{flag} {source.split}: label {max(labels)} with {source.num_classes} classes')
+    _check_number(source, name, num_classes)
+
+
+def _check_number(source: Source, name: str, num_classes: int | None) -> None:
+    """Set the number of classes to one that was given, if there can be so many."""
     if num_classes is not None:
         if num_classes < source.num_classes or (source.class_names and num_classes != source.num_classes):
             raise UserError(f'--num-classes {num_classes}: {name} ({source.split}) has {source.num_classes}')

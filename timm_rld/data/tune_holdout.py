@@ -42,5 +42,5 @@ def hold_out_to_tune(train: Source, fraction: float, seed: int, keep_all: bool =
             f'{flag}: class {name} has {smallest} training image(s), too few to choose by; at least {SMALLEST_CLASS} '
             'in each class are needed'
         )
-    kept, held = stratified_holdout(targets, [train.key(i) for i in range(len(train))], fraction, seed)
+    kept, held = stratified_holdout(targets, train.keys(), fraction, seed)
     return train if keep_all else train.subset(kept), train.subset(held, f'{train.split}, the share held out')

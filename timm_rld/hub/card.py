@@ -144,6 +144,13 @@ def _code(name: str) -> str:
     return f'{_fence(name)}{space}{name}{space}{_fence(name)}'
 
 
+def _split(settings: dict[str, Any]) -> str:
+    """The name of the validation split; of a part of the training split, what it is."""
+    if settings.get('val_fraction') is None:
+        return str(settings['val_split'])
+    return f'{settings["train_split"]}, a part held out'
+
+
 def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict[str, Any]:
     """Return the YAML header of the card, as the Hub reads it."""
     from huggingface_hub import EvalResult
@@ -157,7 +164,7 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
         EvalResult(
             task_type='image-classification', task_name='Image Classification',
             dataset_type=re.sub(r'[^\w./-]+', '-', dataset.lower()), dataset_name=dataset,
-            dataset_split=settings['val_split'], metric_type='accuracy', metric_name=label,
+            dataset_split=_split(settings), metric_type='accuracy', metric_name=label,
             metric_value=round(value / 100, 6),
         )
         for key, label in (('top1', 'Top-1 accuracy'), ('top5', 'Top-5 accuracy'))
@@ -221,8 +228,9 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         rows.append(('top-1 of the teacher', f'{results["teacher_top1"]:.2f} %'))
     if results.get('agreement') is not None:
         rows.append(('same prediction as the teacher', f'{results["agreement"]:.2f} %'))
-    split = _code(settings['val_split'])
-    lines += ['## Figures', '', f'On the split {split} of {dataset}, each image counted once.', '',
+    part = '' if settings.get('val_fraction') is None else 'a part held out of '
+    split = _code(settings['val_split'] if not part else settings['train_split'])
+    lines += ['## Figures', '', f'On {part}the split {split} of {dataset}, each image counted once.', '',
               '| | |', '| --- | --- |', *(f'| {a} | {b} |' for a, b in rows), '',
               f'The weights here are {which}.', '']  # fmt: skip
     if has_curve:
@@ -315,7 +323,7 @@ _HeaderDumper.add_representer(
 
 
 def _dataset(settings: dict[str, Any]) -> str:
-    name = settings.get('dataset') or settings.get('data_dir')
+    name = settings.get('dataset') or settings.get('data_dir') or settings.get('labels')
     if name is None:
         return 'UCI handwritten digits'
     return name.partition('/')[2] if name.startswith(('hfds/', 'hfids/', 'wds/', 'torch/')) else name

@@ -22,6 +22,7 @@ from ..runs import (
     claim,
     launch_command,
     run_training,
+    same_held_out,
     train_teacher,
     wait_until_free,
 )
@@ -102,8 +103,9 @@ def tune(
             folder holds another search, is in use, or cannot be written.
         Stopped: after SIGTERM or SIGINT.
     """
-    output, flags = Path(output).expanduser(), list(flags)
-    given = _check(criteria, seeds, flags, shared, holdout)
+    output = Path(output).expanduser()
+    given = _check(criteria, seeds, list(flags), shared, holdout)
+    flags = [*flags, *same_held_out(given)]
     config = dataclasses.replace(resolve(given), teacher_cache_views=given.teacher_cache_views)
     assert config.epochs is not None  # filled in by resolve()
     whole = dataclasses.replace(given, epochs=config.epochs)
@@ -156,7 +158,8 @@ def _check(
 
 def _open(config: Config, seed: int, holdout: float) -> tuple[Source, Source]:
     """Return what candidates will train on, and be compared on. The validation split is not opened."""
-    config = dataclasses.replace(config, seed=seed, tune_holdout=holdout)
+    val_seed = config.seed if config.val_seed is None else config.val_seed
+    config = dataclasses.replace(config, seed=seed, tune_holdout=holdout, val_seed=val_seed)
     return open_splits(**config.arguments_of('open_splits'))
 
 
