@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from timm_rld.__main__ import main
-from timm_rld.compare import compare, markdown, parse_variant, summarize
+from timm_rld.compare import compare, markdown, summarize
 from timm_rld.errors import Stopped, UserError
+from timm_rld.runs import parse_variant
 
 
 def rows(**top1: list[float]) -> list[dict]:
@@ -141,7 +142,7 @@ def test_tables_are_made_of_the_runs_that_there_are(folder, tmp_path, monkeypatc
         return dict(student_top1=top1, student_top1_best=top1, teacher_top1=80.0, agreement=None,
                     train_images_per_second=9.0, versions={})  # fmt: skip
 
-    monkeypatch.setattr('timm_rld.compare._run', run)
+    monkeypatch.setattr('timm_rld.compare.run_training', run)
     flags = ['--teacher', 'test_resnet', '--student', 'test_resnet', '--data-dir', str(folder), '--epochs', '1']
     if how == 'stopped':
         with pytest.raises(Stopped):

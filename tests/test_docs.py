@@ -85,13 +85,14 @@ def check_tool(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from timm_rld import __main__ as tools
 
     called = []
-    for name in ('list_things', 'compare', 'verify_cache', 'push', 'evaluate', 'predict', 'report', 'check_data'):
+    verbs = ('list_things', 'check_data', 'compare', 'tune', 'evaluate', 'predict', 'report', 'push', 'verify_cache')
+    for name in verbs:
         monkeypatch.setattr(tools, name, lambda *args, name=name: called.append((name, args)))
     for name in bench.BENCHMARKS:
         monkeypatch.setattr(bench.benchmark(name), 'run', lambda args: called.append(('bench', args)))
     tools.parse(argv)
     ((name, args),) = called
-    if name == 'compare':
+    if name in ('compare', 'tune'):
         check_train(args[0].flags)
 
 

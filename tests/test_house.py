@@ -36,7 +36,9 @@ FLOORS = {
     'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
     'hub': {'errors', 'offline', 'config', 'run_folder'},
     'resume': {'errors', 'config', 'distributed', 'data', 'run_folder'},
-    'compare': {'errors', 'files', 'config', 'loss'},
+    'runs': {'errors', 'files', 'config', 'loss'},
+    'compare': {'errors', 'files', 'config', 'runs'},
+    'tune': {'errors', 'files', 'config', 'data', 'loss', 'runs'},
     # 4
     'engine': {
         'errors',
@@ -79,6 +81,7 @@ FLOORS = {
         'cache',
         'hub',
         'compare',
+        'tune',
         'bench',
         'inference',
         'report',
@@ -245,7 +248,7 @@ def test_the_tools_alone_show_their_help(capsys):
 
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ('compare', 'push', 'bench', 'list'))
+    assert all(verb in out for verb in ('compare', 'tune', 'push', 'bench', 'list'))
 
 
 @pytest.mark.parametrize('name', list(CRITERIA))

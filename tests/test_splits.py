@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import draw
 
-from timm_rld import compare
+from timm_rld import runs
 from timm_rld.__main__ import main as tools
 from timm_rld.config import parse_args, resolve
 from timm_rld.data import Source, open_split, open_splits, stratified_holdout
@@ -230,9 +230,9 @@ def test_the_part_held_out_is_chosen_over_the_split_that_a_file_names(tmp_path):
 
 def test_all_runs_of_a_comparison_hold_the_same_images_out():
     flags = ['--teacher', 'a', '--student', 'b', '--val-fraction', '0.1']
-    assert compare._same_held_out(parse_args(flags)) == ['--val-seed', '42']
-    assert compare._same_held_out(parse_args([*flags, '--val-seed', '3'])) == []
-    assert compare._same_held_out(parse_args(flags[:4])) == []
+    assert runs.same_held_out(parse_args(flags)) == ['--val-seed', '42']
+    assert runs.same_held_out(parse_args([*flags, '--val-seed', '3'])) == []
+    assert runs.same_held_out(parse_args(flags[:4])) == []
 
 
 # ----------------------------------------------------------------------------------------------- which split is taken

@@ -2,81 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import dataclasses
 import functools
 import io
 import json
-import math
-import os
-import re
 import shlex
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import FIELDS, Config, flag_of, load_yaml, marked, parse_args, resolve, to_yaml
-from .errors import Stopped, UsageError, UserError, writing
+from .config import Config, resolve
+from .errors import UserError, writing
 from .files import write_atomic
-from .loss import choose_criterion
+from .runs import (
+    check_flags,
+    check_unique,
+    claim,
+    launch_command,
+    mean_std,
+    paired_difference,
+    parse_variant,
+    run_training,
+    same_held_out,
+    slug,
+    train_teacher,
+)
 
-# 97.5% quantiles of Student's t for 1, 2, … degrees of freedom
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 _COLUMNS = ('criterion', 'seed', 'top1', 'top1_best', 'macro', 'teacher_top1', 'agreement', 'images_per_second', 'run')
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A criterion to compare, and the flags that choose it.
-
-    Attributes:
-        label: as it was written; the name in tables and folders.
-        flags: for `train_distill.py`.
-    """
-
-    label: str
-    flags: tuple[str, ...]
-
-
-def parse_variant(text: str) -> Variant:
-    """Return the variant that a text names: `rld`, or with options and weights
-    `rld:beta=2,temperature=1,distill_warmup_epochs=1`, `kd:standardize=true`.
-
-    Raises:
-        UsageError: for an unknown criterion or option.
-    """
-    name, _, rest = text.partition(':')
-    options, flags = [], ['--distill', name]
-    for item in filter(None, re.split(r',(?![^\[]*\])', rest)):  # not within a list
-        key, sep, value = item.partition('=')
-        if not sep:
-            raise UsageError(f"--criteria {text}: expected name=value after the colon, got '{item}'")
-        if key == 'standardize':
-            if value.lower() not in ('true', 'false'):
-                raise UsageError(f'--criteria {text}: standardize must be true or false, got {value}')
-            flags += ['--standardize' if value.lower() == 'true' else '--no-standardize']
-        elif key in marked('belongs_to', 'distill'):
-            flags += [flag_of(key), value]
-        else:
-            options.append(item)
-    if options:
-        flags += ['--distill-kwargs', *options]
-    try:
-        config = parse_args(flags)
-        choose_criterion(config.distill, config.standardize, config.distill_kwargs)
-    except UsageError as e:
-        raise UsageError(f'--criteria {text}: {str(e).partition(": ")[2]}') from e
-    return Variant(text, tuple(flags))
 
 
 def compare(
@@ -112,19 +65,16 @@ def compare(
     """
     output = Path(output).expanduser()
     config = _check(criteria, seeds, list(flags))
-    flags = [*flags, *_same_held_out(config)]
+    flags = [*flags, *same_held_out(config)]
     variants = [parse_variant(c) for c in criteria]
-    _claim(output, config)
-    launch = [*(shlex.split(launcher) or [sys.executable]), '-m', 'train_distill']
-    train_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
-    jobs = [(v, s, output / f'{_slug(v.label)}-seed{s}') for s in seeds for v in variants]
-    log(f'{len(jobs)} run(s) in {output}' + (', and a teacher for all' if train_teacher else ''))
+    claim(output, config, 'a comparison')
+    launch = launch_command(launcher)
+    with_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
+    jobs = [(v, s, output / f'{slug(v.label)}-seed{s}') for s in seeds for v in variants]
+    log(f'{len(jobs)} run(s) in {output}' + (', and a teacher for all' if with_teacher else ''))
     common = flags
-    if train_teacher:
-        folder = output / 'teacher'
-        _run([*launch, *flags, '--epochs', '0', '--seed', str(seeds[0])], folder, 'the teacher', log)
-        common = [*flags, '--teacher', f'local-dir:{folder / "teacher"}', '--teacher-epochs', '0',
-                  '--teacher-pretrained']  # fmt: skip
+    if with_teacher:
+        common = train_teacher(launch, flags, output, log, '--seed', str(seeds[0]))
     rows, failed, versions = [], [], {}
     for n, (variant, seed, folder) in enumerate(jobs, 1):
         command = [*launch, *common, *variant.flags, '--seed', str(seed)]
@@ -132,7 +82,7 @@ def compare(
             command += ['--teacher-cache', str(Path(config.teacher_cache) / f'seed-{seed}')]
         name, log_run = f'{variant.label} seed {seed}', functools.partial(_log_numbered, log, f'[{n}/{len(jobs)}]')
         try:
-            results = _run(command, folder, name, log_run)
+            results = run_training(command, folder, name, log_run)
         except UserError as e:
             log_run(str(e))
             failed.append({'criterion': variant.label, 'seed': seed, 'reason': str(e), 'run': folder.name})
@@ -182,7 +132,7 @@ def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list
     for name, runs in by_name.items():
         entry: dict[str, Any] = {'criterion': name, 'seeds': len(runs)}
         for key in ('top1', 'top1_best'):
-            entry[key], entry[f'{key}_std'] = _mean_std([r[key] for r in runs.values()])
+            entry[key], entry[f'{key}_std'] = mean_std([r[key] for r in runs.values()])
         entry['gain_over_none'] = _difference(runs, none)[0] if none and name != 'none' else None
         entry['rld_minus_this'], entry['interval'] = _difference(rld, runs) if rld not in (None, runs) else (None, None)
         for key in ('macro', 'agreement', 'images_per_second'):
@@ -194,13 +144,7 @@ def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list
 
 def _difference(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> tuple[float | None, float | None]:
     """Return the mean of a - b over their common seeds, and half the width of its 95% interval; None without them."""
-    mean, std = _mean_std([a[s]['top1'] - b[s]['top1'] for s in a if s in b])
-    n = len(set(a) & set(b))
-    return mean, None if std is None else (_T[n - 2] if n - 2 < len(_T) else 1.96) * std / math.sqrt(n)
-
-
-def _mean_std(values: list[float]) -> tuple[float | None, float | None]:
-    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
+    return paired_difference([a[s]['top1'] - b[s]['top1'] for s in a if s in b])
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -253,116 +197,10 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _check(criteria: Sequence[str], seeds: Sequence[int], flags: list[str]) -> Config:
     """Return the settings that all runs share."""
-    for what, values in (('--criteria', criteria), ('--seeds', seeds)):
-        if not values:
-            raise UsageError(f'{what}: name at least one')
-        if twice := [v for i, v in enumerate(values) if v in values[:i]]:
-            raise UsageError(f'{what}: {twice[0]} is there twice')
-    config = parse_args(flags)
-    for name in marked('per_run'):
-        if getattr(config, name) != FIELDS[name].default and flag_of(name) in {f.partition('=')[0] for f in flags}:
-            raise UsageError(
-                f'{flag_of(name)}: is chosen for each run; see --criteria, --seeds and --output of compare'
-            )
-    if config.student is None or config.teacher is None:
-        raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
-    for seed in seeds:
-        parse_args(['--seed', str(seed)])
-    resolve(config)
-    return config
-
-
-def _same_held_out(config: Config) -> list[str]:
-    """Return flags that hold the same images out in all runs: the teacher, which is trained once, must not have seen
-    them."""
-    return ['--val-seed', str(config.seed)] if config.val_fraction is not None and config.val_seed is None else []
-
-
-def _claim(output: Path, config: Config) -> None:
-    """Write the settings into the folder, so that runs under others are never put into one table."""
-    file = output / 'settings.yaml'
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            if any(output.iterdir()):
-                raise UserError(f'--output {output}: is not empty; name another folder')
-            write_atomic(file, to_yaml(config))
-    except OSError as e:
-        raise UserError(f'--output {output}: cannot be written ({e.strerror})') from e
-    there = load_yaml(str(file), '--output')
-    for name, value in dataclasses.asdict(config).items():
-        if there.get(name) != value:
-            raise UserError(
-                f'--output {output}: holds a comparison with {flag_of(name)} {there.get(name)}, not {value}; '
-                'name another folder'
-            )
-
-
-def _run(command: list[str], folder: Path, title: str, log: Callable[[str], None]) -> dict[str, Any]:
-    """Run one training to its end, or read the results of one that is complete.
-
-    Raises:
-        UserError: where it failed; the reason in a line.
-    """
-    done = folder / 'results.json'
-    if done.exists():
-        log(f'{title}: already there')
-        return _read_results(done)
-    log_file = folder.with_name(f'{folder.name}.log')
-    started = time.perf_counter()
-    command = [*command, '--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
-    with contextlib.ExitStack() as stack:
-        with writing(f'{title} failed: {log_file}'):
-            f = stack.enter_context(log_file.open('ab'))
-        begin = f.tell()
-        code = _wait(subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ))
-    if code or not done.exists():
-        how = f'was ended by {signal.Signals(-code).name}' if code < 0 else f'failed with code {code}'
-        raise UserError(f'{title} {how}: {_last_words(log_file.read_bytes()[begin:])} (its output: {log_file})')
-    results = _read_results(done)
-    top1 = results.get('student_top1', results['teacher_top1'])
-    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
-    log(f'{title}: top-1 {top1:.2f} ({minutes}:{seconds:02})')
-    return results
+    check_unique('--criteria', criteria)
+    check_unique('--seeds', seeds)
+    return check_flags(seeds, flags, 'compare')
 
 
 def _log_numbered(log: Callable[[str], None], number: str, text: str) -> None:
     log(f'{number} {text}')
-
-
-def _read_results(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise UserError(f'{file}: is damaged; delete it to have the run repeated') from e
-
-
-def _last_words(output: bytes) -> str:
-    """Return the error that a program ended with, else its last line."""
-    text = output.decode(errors='replace').strip()
-    text = text.rpartition('error: ')[2] if 'error: ' in text else text.rpartition('\n')[2]
-    return ' '.join(text.split()) or 'no output'
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Return the exit code of a run. A signal to us is passed on, and the run then has time for a checkpoint."""
-
-    def stop(number: int, _: object) -> None:
-        raise Stopped('stopped by SIGTERM; the same command continues', 128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:  # which the run has got too
-        process.wait()
-        raise Stopped('interrupted; the same command continues', 130) from None
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _slug(label: str) -> str:
-    return ''.join(c if c.isalnum() or c in '._-' else '_' for c in label)

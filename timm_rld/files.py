@@ -54,16 +54,19 @@ class LockedError(OSError):
     """A file that another process has locked; the message is what that process wrote into it."""
 
 
-def lock(path: Path) -> None:
+def lock(path: Path) -> int:
     """Lock a file for as long as this process lives: it stays open, and the kernel closes it, however the process ends.
 
     (Not filelock's: it empties the file in which the owner's name stands.)
+
+    Returns:
+        Its descriptor; -1 where the system has no locks.
 
     Raises:
         LockedError: where another process has it.
     """
     if fcntl is None:
-        return
+        return -1
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,6 +76,7 @@ def lock(path: Path) -> None:
         raise LockedError(owner or 'another process') from e
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f'process {os.getpid()} on {platform.node()}\n'.encode(), 0)
+    return descriptor
 
 
 def cores() -> int:

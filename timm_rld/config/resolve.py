@@ -114,6 +114,13 @@ def _learning_rate(c: Config, batch: int) -> float:
     return scaled_rate(c.lr_base or family.lr_base, batch, size, c.lr_base_scale or family.lr_base_scale)
 
 
+def default_lr_base(c: Config) -> float:
+    """Return the `--lr-base` that gives the learning rate which is the default."""
+    family, size = family_of(c.opt), c.lr_base_size or 256
+    scale = c.lr_base_scale or family.lr_base_scale
+    return c.lr_base or scaled_rate(family.lr_base, size, c.lr_base_size or family.lr_base_size, scale)
+
+
 def real_batch(config: Config, num_processes: int, images: int | None) -> int:
     """Return the images of an optimizer step that the learning rate scales with: no more than an epoch has, and, but
     for an lr-base of one's own, than scaling is known to hold for."""
@@ -165,6 +172,10 @@ def _check(c: Config) -> None:
         raise UsageError(f'--resume {c.resume}: which run? Give its --experiment (and --output), or --resume FOLDER')
     if c.hub_weights == 'ema' and not c.model_ema:
         raise UsageError('--hub-weights ema: needs --model-ema')
+    if c.train_on_holdout and c.tune_holdout is None:
+        raise UsageError('--train-on-holdout: needs --tune-holdout')
+    if c.tune_holdout is not None and c.push_to_hub:
+        raise UsageError('--push-to-hub: a run with --tune-holdout has no validation split to give a figure of')
     if c.val_fraction is None and c.val_seed is not None:
         raise UsageError(f'--val-seed {c.val_seed}: needs --val-fraction')
     if c.val_fraction is not None and c.val_split is not None:

@@ -33,6 +33,7 @@ def setting(
     per_run: bool = False,
     belongs_to: str = '',
     evaluation: bool = False,
+    in_epochs: bool = False,
 ) -> Any:
     """A row of the table: a field of :class:`Config`.
 
@@ -55,12 +56,13 @@ def setting(
         belongs_to: the setting whose choice this one completes. Where the command line changes that choice, a value
             from a file no longer applies.
         evaluation: whether `timm-rld evaluate` takes the setting too.
+        in_epochs: whether the value counts epochs, so that a shorter run under the same schedule has a smaller one.
     """
     arguments = dict(entry.partition(':')[::2] for entry in used_by.split())
     metadata = dict(
         group=group, help=help, choices=choices, gt=gt, ge=ge, le=le, lengths=lengths, alias=alias, flag=flag,
         sample=sample, used_by=arguments, logits=logits, resumable=resumable, path=path, per_run=per_run,
-        belongs_to=belongs_to, evaluation=evaluation,
+        belongs_to=belongs_to, evaluation=evaluation, in_epochs=in_epochs,
     )  # fmt: skip
     factory = (lambda: dict(default)) if isinstance(default, dict) else None
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
@@ -188,6 +190,12 @@ class Config:
         used_by='open_splits open_validation', path=True, evaluation=True)  # fmt: skip
     drop_unlabeled: bool = setting(False, DATA, 'leave out images whose label is missing (None or -1)', flag=True,
         used_by='open_splits open_validation', evaluation=True)  # fmt: skip
+    tune_holdout: float | None = setting(None, DATA,
+        'validate on this share of the training split, held out of each class, and do not open the validation split: '
+        'how `timm-rld tune` compares candidates', gt=0, le=0.5, used_by='open_splits', per_run=True)  # fmt: skip
+    train_on_holdout: bool = setting(False, DATA,
+        'train on the share of --tune-holdout too, as the teacher of `timm-rld tune` does', flag=True,
+        used_by='open_splits', per_run=True)  # fmt: skip
     train_num_samples: int | None = setting(None, DATA,
         'number of images of a streamed training split, where the dataset does not give it', gt=0,
         used_by='open_splits')  # fmt: skip
@@ -272,7 +280,7 @@ class Config:
     mixup_switch_prob: float = setting(0.5, AUG, 'probability of cutmix where both are on', ge=0, le=1,
         used_by='Mixup:switch_prob')  # fmt: skip
     mixup_off_epoch: int = setting(0, AUG, 'turn mixup and cutmix off from this epoch on, 0: never', ge=0,
-        used_by='Mixup:off_epoch')  # fmt: skip
+        used_by='Mixup:off_epoch', in_epochs=True)  # fmt: skip
 
     # optimizer
     opt: str = setting('sgd', OPTIM, "any optimizer of timm; 'sgd' is Nesterov, 'momentum' is plain")
@@ -310,14 +318,17 @@ class Config:
         choices=('cosine', 'multistep', 'step', 'poly', 'tanh', 'wsd', 'rsqrt', 'constant', 'none'))  # fmt: skip
     sched_on_updates: bool | None = setting(None, SCHED,
         'change the learning rate at each update rather than each epoch (default: no)', sample=True)  # fmt: skip
-    warmup_epochs: int | None = setting(None, SCHED, 'epochs of warm-up (default: 5, at most a tenth of the run)', ge=0)
+    warmup_epochs: int | None = setting(None, SCHED, 'epochs of warm-up (default: 5, at most a tenth of the run)', ge=0,
+        in_epochs=True)  # fmt: skip
     warmup_lr: float = setting(1e-5, SCHED, 'learning rate at the start of the warm-up', ge=0)
     min_lr: float = setting(0.0, SCHED, 'lowest learning rate', ge=0)
-    decay_epochs: float | None = setting(None, SCHED, 'interval of step, length of the decay of wsd and rsqrt', gt=0)
+    decay_epochs: float | None = setting(None, SCHED, 'interval of step, length of the decay of wsd and rsqrt', gt=0,
+        in_epochs=True)  # fmt: skip
     decay_milestones: tuple[int, ...] = setting((90, 180, 270), SCHED,
-        'epochs (the first is 1) in which multistep lowers the learning rate', gt=0)  # fmt: skip
+        'epochs (the first is 1) in which multistep lowers the learning rate', gt=0, in_epochs=True)  # fmt: skip
     decay_rate: float = setting(0.1, SCHED, 'factor of step and multistep, power of poly', gt=0, le=10)
-    cooldown_epochs: int = setting(0, SCHED, 'epochs at the lowest learning rate after the schedule', ge=0)
+    cooldown_epochs: int = setting(0, SCHED, 'epochs at the lowest learning rate after the schedule', ge=0,
+        in_epochs=True)  # fmt: skip
 
     # devices and speed
     mixed_precision: str | None = setting(None, RUN, 'default: that of `accelerate launch`, else no',

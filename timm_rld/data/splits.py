@@ -17,6 +17,7 @@ from .names import TRAIN_NAMES, VALIDATION_NAMES, first_named, some
 from .overlap import overlap
 from .sources import SAMPLE_NOTE, Source, open_split
 from .table import SPLIT_COLUMN, Table, read_table
+from .tune_holdout import hold_out_to_tune
 
 OFFER = 'or hold out a part of the training images: --val-fraction 0.1'
 
@@ -35,6 +36,8 @@ def open_splits(
     val_num_samples: int | None = None,
     batch_size: int = 1,
     validation_batch_size: int = 1,
+    tune_holdout: float | None = None,
+    train_on_holdout: bool = False,
     log: Callable[[str], object] = lambda _: None,
     **kwargs: Any,
 ) -> tuple[Source, Source]:
@@ -46,6 +49,8 @@ def open_splits(
         val_fraction: hold out this part of the training split instead, the same of each class
             (:func:`stratified_holdout`), and open no other.
         val_seed: of the part that is held out; None for ``seed``.
+        tune_holdout, train_on_holdout: in the place of the validation split, which is not opened, hold out a share of
+            the training split, or of what ``val_fraction`` leaves of it (:func:`hold_out_to_tune`).
         log: prints a line: what was taken, and what is odd about it.
 
     Returns:
@@ -63,9 +68,8 @@ def open_splits(
             'training split, or a split of their own; leave one of the two out'
         )
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
-    table = None
-    if labels is not None:
-        table = read_table(labels, data_dir, kwargs.get('input_key'), kwargs.get('target_key'))
+    keys = (kwargs.get('input_key'), kwargs.get('target_key'))
+    table = None if labels is None else read_table(labels, data_dir, *keys)
     common: dict[str, Any] = dict(kwargs, seed=seed, labels=table, data_dir=data_dir)
     known = _known(dataset, data_dir, table)
     train = _open_training(
@@ -82,7 +86,9 @@ def open_splits(
             f'--val-fraction {val_fraction:g}: {len(train):,} images to train on, {len(val):,} of the same split held '
             'out for validation'
         )
-    else:
+    if tune_holdout is not None:
+        train, val = hold_out_to_tune(train, tune_holdout, seed, train_on_holdout)
+    elif val_fraction is None:
         name = val_split or _validation_name(known, train, dataset)
         val = open_split(
             dataset, name, flag='--val-split', num_samples=val_num_samples, batch_size=validation_batch_size, **common

@@ -20,6 +20,7 @@ from .rc import RC, correction_loss
 from .registry import (
     CRITERIA,
     CriterionInfo,
+    Knob,
     choose_criterion,
     create_distill_loss,
     describe_criteria,
@@ -33,7 +34,7 @@ from .wttm import WTTM, wttm_loss
 __all__ = [
     'ABKD', 'abkd_loss', 'ATKD', 'atkd_loss', 'BiLD', 'bild_loss', 'choose_criterion', 'correction_loss',
     'create_distill_loss', 'CRITERIA', 'CriterionInfo', 'CTKD', 'describe_criteria', 'DIST', 'DistillLoss', 'DKD',
-    'GDKD', 'get_criterion', 'group_losses', 'inter_class_loss', 'intra_class_loss', 'KD', 'kd_loss', 'LA',
+    'GDKD', 'get_criterion', 'group_losses', 'inter_class_loss', 'intra_class_loss', 'KD', 'kd_loss', 'Knob', 'LA',
     'la_loss', 'LDRLD', 'local_relations_loss', 'LR', 'lr_loss', 'masked_correlation_loss', 'MLKD', 'mlkd_loss',
     'NKD', 'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD', 'pld_loss',
     'published_defaults', 'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'TTM',

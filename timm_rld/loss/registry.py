@@ -35,6 +35,21 @@ from .wttm import WTTM
 
 
 @dataclass(frozen=True)
+class Knob:
+    """What `timm-rld tune` tries of one setting of a criterion.
+
+    Attributes:
+        name: an option of the criterion, or a setting that completes `--distill`.
+        factors: the lowest and the highest, of the published value (of that for standardised logits, where they are).
+        choices: in place of factors, the values themselves; of `distill_warmup_epochs`, shares of the run's epochs.
+    """
+
+    name: str
+    factors: tuple[float, float] | None = None
+    choices: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
 class CriterionInfo:
     """A row of the table.
 
@@ -53,6 +68,7 @@ class CriterionInfo:
         epochs: of the published run, of which the ramp is a share.
         imagenet: flags that turn these values, which are those of CIFAR-100, into the published ones of ImageNet.
         not_standardized: why logit standardisation makes no sense with it; empty where it does.
+        knobs: what `timm-rld tune` searches.
     """
 
     name: str
@@ -68,6 +84,7 @@ class CriterionInfo:
     epochs: int = 240
     imagenet: str = ''
     not_standardized: str = ''
+    knobs: tuple[Knob, ...] = ()
 
     @property
     def cited(self) -> str:
@@ -105,6 +122,12 @@ def _row(*args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Cr
 
 _SCALED = 'it scales the logits already'
 
+_TEMPERATURE = Knob('temperature', (0.25, 2))
+_WEIGHT = Knob('distill_loss_weight', (0.1, 3))
+_TASK_WEIGHT = Knob('task_loss_weight', choices=(0.0, 0.3, 1.0))
+_RAMP = Knob('distill_warmup_epochs', choices=(0, 1 / 12, 1 / 4))
+_STANDARDIZE = Knob('standardize', choices=(False, True))
+
 CRITERIA: dict[str, CriterionInfo] = {
     row.name: row
     for row in (
@@ -117,68 +140,80 @@ CRITERIA: dict[str, CriterionInfo] = {
             'Knowledge Distillation with Refined Logits, Sun et al., ICCV', 2025,
             options={'alpha': 1.0, 'beta': 8.0, 'temperature': 4.0, 'alpha_temperature': None}, warmup_epochs=20,
             imagenet='--distill-kwargs beta=0.5 temperature=1 --distill-warmup-epochs 1',
+            knobs=(Knob('alpha', (0.25, 4)), Knob('beta', (0.0625, 2)), _TEMPERATURE, _RAMP, _STANDARDIZE),
         ),
         _row(
             'kd', KD, 'τ²·KL of the softened probabilities',
             'Distilling the Knowledge in a Neural Network, Hinton, Vinyals, Dean', 2015,
             options={'temperature': 4.0}, task_weight=0.1, distill_weight=0.9,
             imagenet='--distill-kwargs temperature=1 --task-loss-weight 0.5 --distill-loss-weight 0.5',
+            knobs=(_TEMPERATURE, _WEIGHT, _STANDARDIZE),
         ),
         _row(
             'dkd', DKD, 'decoupled: target class + other classes',
             'Decoupled Knowledge Distillation, Zhao et al., CVPR', 2022,
             options={'alpha': 1.0, 'beta': 8.0, 'temperature': 4.0}, warmup_epochs=20,
             imagenet='--distill-kwargs beta=0.5 temperature=1 --distill-warmup-epochs 1',
+            knobs=(Knob('alpha', (0.25, 4)), Knob('beta', (0.0625, 2)), _TEMPERATURE, _RAMP, _STANDARDIZE),
         ),
         _row(
             'la', LA, "label augment: KD after exchanging the teacher's top and true logit",
             'as compared in Knowledge Distillation with Refined Logits, Sun et al., ICCV', 2025,
             options={'temperature': 4.0}, task_weight=0.0,
+            knobs=(_TEMPERATURE, _TASK_WEIGHT, _STANDARDIZE),
         ),
         _row(
             'rc', RC, "review and correction: KD + the student's own corrected logits",
             'as compared in Knowledge Distillation with Refined Logits, Sun et al., ICCV', 2025,
             options={'temperature': 4.0, 'kd_weight': 1.0, 'rc_weight': 0.1},
+            knobs=(_TEMPERATURE, Knob('kd_weight', (0.1, 3)), Knob('rc_weight', (0.1, 10)), _STANDARDIZE),
         ),
         _row(
             'lr', LR, 'label revision: logits where the teacher is right, revised labels where it is wrong',
             'Improve Knowledge Distillation via Label Revision and Data Selection, Lan et al.', 2024,
             options={'lambda1': 4.0, 'lambda2': 1.0, 'eta': 0.8}, task_weight=0.0,
             not_standardized='it compares raw logits',
+            knobs=(Knob('lambda1', (0.1, 3)), Knob('lambda2', (0.1, 10))),
         ),
         _row(
             'mlkd', MLKD, 'multi-level: probabilities, sample and class correlations, at five temperatures',
             'Multi-Level Logit Distillation, Jin, Wang, Lin, CVPR', 2023,
             options={'temperatures': [4.0, 3.0, 5.0, 2.0, 6.0]}, task_weight=0.1, distill_weight=0.9,
+            knobs=(_WEIGHT, _STANDARDIZE),
         ),
         _row(
             'ctkd', CTKD, 'KD at a temperature learned against the student',
             'Curriculum Temperature for Knowledge Distillation, Li et al., AAAI', 2023,
             options={'t_start': 1.0, 't_end': 20.0, 'decay_epochs': 10}, task_weight=0.1, distill_weight=0.9,
             imagenet='--distill-kwargs decay_epochs=5 --task-loss-weight 1 --distill-loss-weight 1',
+            knobs=(Knob('t_end', (0.2, 1)), _WEIGHT, _STANDARDIZE),
         ),
         _row(
             'normkd', NormKD, "KD at a temperature from each row's deviation",
             'NormKD: Normalized Logits for Knowledge Distillation, Chi et al.', 2023,
             options={'t_norm': 2.0}, task_weight=0.1, distill_weight=0.9, not_standardized=_SCALED,
             imagenet='--distill-kwargs t_norm=1 --task-loss-weight 0.5 --distill-loss-weight 0.5',
+            knobs=(Knob('t_norm', (0.25, 2)), _WEIGHT),
         ),
         _row(
             'atkd', ATKD, "KD of standardised logits at a temperature from each sample's highest",
             'Adaptive Temperature Based on Logits Correlation in Knowledge Distillation, Matsuyama et al.', 2025,
             task_weight=0.1, distill_weight=9.0, not_standardized=_SCALED,
+            knobs=(_WEIGHT,),
         ),
         _row(
             'wttm', WTTM, "the teacher's probabilities to a power, samples weighted by its doubt",
             'Knowledge Distillation Based on Transformed Teacher Matching, Zheng, Yang, ICLR', 2024,
             options={'gamma': 0.1, 'beta': 3.0}, not_standardized='its power transform is a temperature of its own',
             imagenet='--distill-kwargs gamma=0.8 beta=1.6',
+            knobs=(Knob('gamma', (1, 10)), Knob('beta', (0.25, 2))),
         ),
         _row(
             'ttm', TTM, "the teacher's probabilities to a power, all samples alike",
             'Knowledge Distillation Based on Transformed Teacher Matching, Zheng, Yang, ICLR', 2024,
             options={'gamma': 0.1, 'beta': 1.0}, distill_weight=45.0,
             not_standardized='its power transform is a temperature of its own',
+            knobs=(Knob('gamma', (1, 10)), _WEIGHT),
         ),
         _row(
             'bild', BiLD, 'differences of the highest logits, led by teacher and by student',
@@ -186,6 +221,7 @@ CRITERIA: dict[str, CriterionInfo] = {
             2025,
             options={'top_k': 8, 'temperature': 3.0}, distill_weight=9.0,
             not_standardized='it compares differences of logits',
+            knobs=(Knob('top_k', choices=(4, 8, 16)), _TEMPERATURE, _WEIGHT),
         ),
         _row(
             'dist', DIST, 'correlation of probabilities, along classes and along samples',
@@ -193,6 +229,7 @@ CRITERIA: dict[str, CriterionInfo] = {
             options={'beta': 1.0, 'gamma': 1.0, 'temperature': 4.0}, distill_weight=2.0,
             not_standardized='it standardises the probabilities',
             imagenet='--distill-kwargs temperature=1',
+            knobs=(_TEMPERATURE, _WEIGHT),
         ),
         _row(
             'nkd', NKD, 'normalised: soft target + other classes among themselves',
@@ -200,6 +237,7 @@ CRITERIA: dict[str, CriterionInfo] = {
             'Customized Soft Labels, Yang et al., ICCV', 2023,
             options={'gamma': 3.5, 'temperature': 3.0}, not_standardized='its first term is at temperature 1',
             imagenet='--distill-kwargs gamma=1.5 temperature=1',
+            knobs=(Knob('gamma', (0.25, 2)), _TEMPERATURE, _WEIGHT),
         ),
         _row(
             'gdkd', GDKD, "decoupled at the teacher's highest classes: between the groups and inside each",
@@ -209,11 +247,13 @@ CRITERIA: dict[str, CriterionInfo] = {
                 'kl_type': 'forward', 'strategy': 'best', 'groups': 2,
             }, fitted=('top_k',), warmup_epochs=20,
             imagenet='--distill-kwargs w0=0.5 w1=1 w2=1 temperature=1 --distill-warmup-epochs 1',
+            knobs=(Knob('w1', (0.25, 4)), Knob('w2', (0.0625, 2)), _TEMPERATURE, _RAMP, _STANDARDIZE),
         ),
         _row(
             'ldrld', LDRLD, "relations of the student's highest classes in pairs + the other classes",
             'Local Dense Logit Relations for Enhanced Knowledge Distillation, Xu et al., ICCV', 2025,
             options={'alpha': 10.5, 'beta': 7.0, 'top_k': 7, 'temperature': 4.0}, fitted=('top_k',),
+            knobs=(_TEMPERATURE, _WEIGHT, _STANDARDIZE),
         ),
         _row(
             'abkd', ABKD, 'α-β-divergence of the softened probabilities',
@@ -221,12 +261,14 @@ CRITERIA: dict[str, CriterionInfo] = {
             'Wang et al., ICML', 2025,
             options={'alpha': 0.8, 'beta': 0.3, 'temperature': 4.0}, distill_weight=32.0,
             not_standardized='without τ² its weight has another scale',
+            knobs=(Knob('alpha', (0.5, 1.5)), _WEIGHT),
         ),
         _row(
             'pld', PLD, "the teacher's ranking as a series of choices, the true class first",
             'PLD: A Choice-Theoretic List-Wise Knowledge Distillation, Bassam, Zhu, Bian, NeurIPS', 2025,
             options={'temperature': 4.0}, task_weight=0.0, not_standardized='the student is at temperature 1',
             imagenet='--distill-kwargs temperature=1',
+            knobs=(_TEMPERATURE, _TASK_WEIGHT),
         ),
     )
 }  # fmt: skip

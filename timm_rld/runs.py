@@ -1,0 +1,279 @@
+"""Trainings as subprocesses, each in a folder of its own: what commands that hold several runs together share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import FIELDS, Config, flag_of, load_yaml, marked, parse_args, resolve, to_yaml
+from .errors import Stopped, UsageError, UserError, writing
+from .files import LockedError, lock, write_atomic
+from .loss import choose_criterion
+
+# 97.5% quantiles of Student's t for 1, 2, … degrees of freedom
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A criterion to compare, and the flags that choose it.
+
+    Attributes:
+        label: as it was written; the name in tables and folders.
+        flags: for `train_distill.py`.
+    """
+
+    label: str
+    flags: tuple[str, ...]
+
+
+def parse_variant(text: str) -> Variant:
+    """Return the variant that a text names: `rld`, or with options and weights
+    `rld:beta=2,temperature=1,distill_warmup_epochs=1`, `kd:standardize=true`.
+
+    Raises:
+        UsageError: for an unknown criterion or option.
+    """
+    name, _, rest = text.partition(':')
+    options, flags = [], ['--distill', name]
+    for item in filter(None, re.split(r',(?![^\[]*\])', rest)):  # not within a list
+        key, sep, value = item.partition('=')
+        if not sep:
+            raise UsageError(f"--criteria {text}: expected name=value after the colon, got '{item}'")
+        if key == 'standardize':
+            if value.lower() not in ('true', 'false'):
+                raise UsageError(f'--criteria {text}: standardize must be true or false, got {value}')
+            flags += ['--standardize' if value.lower() == 'true' else '--no-standardize']
+        elif key in marked('belongs_to', 'distill'):
+            flags += [flag_of(key), value]
+        else:
+            options.append(item)
+    if options:
+        flags += ['--distill-kwargs', *options]
+    try:
+        config = parse_args(flags)
+        choose_criterion(config.distill, config.standardize, config.distill_kwargs)
+    except UsageError as e:
+        raise UsageError(f'--criteria {text}: {str(e).partition(": ")[2]}') from e
+    return Variant(text, tuple(flags))
+
+
+def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return mean and standard deviation; None without a value, and of one alone."""
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
+
+
+def paired_difference(differences: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean of some differences, one a seed, and half the width of its 95% interval (Student's t); None where
+    there are too few."""
+    mean, std = mean_std(differences)
+    n = len(differences)
+    return mean, None if std is None else (_T[n - 2] if n - 2 < len(_T) else 1.96) * std / math.sqrt(n)
+
+
+def check_flags(seeds: Sequence[int], flags: Sequence[str], verb: str) -> Config:
+    """Return the settings that all runs share.
+
+    Args:
+        seeds: of the runs.
+        flags: of `train_distill.py`.
+        verb: of `timm-rld`, for messages.
+
+    Raises:
+        UsageError: for wrong ones, and those that are chosen for each run.
+    """
+    config = parse_args(list(flags))
+    for name in marked('per_run'):
+        if getattr(config, name) != FIELDS[name].default and flag_of(name) in {f.partition('=')[0] for f in flags}:
+            raise UsageError(f'{flag_of(name)}: is chosen for each run; see --criteria, --seeds and --output of {verb}')
+    if config.student is None or config.teacher is None:
+        raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
+    for seed in seeds:
+        parse_args(['--seed', str(seed)])
+    resolve(config)
+    return config
+
+
+def check_unique(what: str, values: Sequence[Any]) -> None:
+    """Raise UsageError where a list of a flag is empty, or has a value twice."""
+    if not values:
+        raise UsageError(f'{what}: name at least one')
+    if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+        raise UsageError(f'{what}: {twice[0]} is there twice')
+
+
+def same_held_out(config: Config) -> list[str]:
+    """Return flags that hold the same images out in all runs: the teacher, which is trained once, must not have seen
+    them."""
+    return ['--val-seed', str(config.seed)] if config.val_fraction is not None and config.val_seed is None else []
+
+
+def claim(output: Path, config: Config, what: str) -> None:
+    """Write the settings into a folder, as settings.yaml, so that runs under others are never put into one table.
+
+    Args:
+        output: the folder; is made if it does not exist.
+        what: it holds, for messages: `a comparison`.
+
+    Raises:
+        UserError: where it holds something else, or cannot be written.
+    """
+    file = output / 'settings.yaml'
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            if any(output.iterdir()):
+                raise UserError(f'--output {output}: is not empty; name another folder')
+            write_atomic(file, to_yaml(config))
+    except OSError as e:
+        raise UserError(f'--output {output}: cannot be written ({e.strerror})') from e
+    there = {**dataclasses.asdict(Config()), **load_yaml(str(file), '--output')}
+    for name, value in dataclasses.asdict(config).items():
+        if there[name] != value:
+            raise UserError(
+                f'--output {output}: holds {what} with {flag_of(name)} {there[name]}, not {value}; name another folder'
+            )
+
+
+def launch_command(launcher: str) -> list[str]:
+    """Return the words that start a training, before its flags.
+
+    Args:
+        launcher: a command in place of `python`, or an empty text.
+    """
+    return [*(shlex.split(launcher) or [sys.executable]), '-m', 'train_distill']
+
+
+def train_teacher(
+    launch: Sequence[str], flags: Sequence[str], output: Path, log: Callable[[str], None], *extra: str
+) -> list[str]:
+    """Train the teacher alone, in OUTPUT/teacher, unless that is done.
+
+    Args:
+        launch: :func:`launch_command`.
+        flags: of all runs.
+        extra: flags of this one.
+
+    Returns:
+        The flags of all runs that use it.
+
+    Raises:
+        UserError: as :func:`run_training`.
+    """
+    folder = output / 'teacher'
+    run_training([*launch, *flags, '--epochs', '0', *extra], folder, 'the teacher', log)
+    return [*flags, '--teacher', f'local-dir:{folder / "teacher"}', '--teacher-epochs', '0', '--teacher-pretrained']
+
+
+def run_training(command: list[str], folder: Path, title: str, log: Callable[[str], None]) -> dict[str, Any]:
+    """Run one training to its end, or read the results of one that is complete.
+
+    Args:
+        command: without the flags that name the folder.
+        folder: of the run; its output goes into FOLDER.log.
+        title: for messages.
+        log: prints a line.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        UserError: where it failed; the reason in a line.
+    """
+    done = folder / 'results.json'
+    if done.exists():
+        log(f'{title}: already there')
+        return _read_results(done)
+    log_file = folder.with_name(f'{folder.name}.log')
+    started = time.perf_counter()
+    command = [*command, '--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
+    with contextlib.ExitStack() as stack:
+        with writing(f'{title} failed: {log_file}'):
+            f = stack.enter_context(log_file.open('ab'))
+        begin = f.tell()
+        code = _wait(subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=os.environ))
+    if code or not done.exists():
+        how = f'was ended by {signal.Signals(-code).name}' if code < 0 else f'failed with code {code}'
+        raise UserError(f'{title} {how}: {_last_words(log_file.read_bytes()[begin:])} (its output: {log_file})')
+    results = _read_results(done)
+    top1 = results.get('student_top1', results['teacher_top1'])
+    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+    log(f'{title}: top-1 {top1:.2f} ({minutes}:{seconds:02})')
+    return results
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise UserError(f'{file}: is damaged; delete it to have the run repeated') from e
+
+
+def _last_words(output: bytes) -> str:
+    """Return the error that a program ended with, else its last line."""
+    text = output.decode(errors='replace').strip()
+    text = text.rpartition('error: ')[2] if 'error: ' in text else text.rpartition('\n')[2]
+    return ' '.join(text.split()) or 'no output'
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Return the exit code of a run. A signal to us is passed on, and the run then has time for a checkpoint."""
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped('stopped by SIGTERM; the same command continues', 128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # which the run has got too
+        process.wait()
+        raise Stopped('interrupted; the same command continues', 130) from None
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def slug(label: str) -> str:
+    """Return a name for a folder."""
+    return ''.join(c if c.isalnum() or c in '._-' else '_' for c in label)
+
+
+def wait_until_free(folder: Path, title: str, log: Callable[[str], None], seconds: float = 2.0) -> None:
+    """Wait for a training that an earlier process has started and that outlived it, so that it is not started twice.
+
+    Args:
+        folder: of the run.
+        seconds: between two looks.
+    """
+    file, said = folder / '.lock', False
+    while file.exists():
+        try:
+            os.close(lock(file))
+            return
+        except LockedError as e:
+            if not said:
+                log(f'{title}: still running ({e}); waiting for its end')
+            said = True
+            time.sleep(seconds)
+        except OSError:
+            return
