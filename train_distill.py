@@ -50,6 +50,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     config.give(train_split=train_split.split, val_split=None if config.val_fraction else val_split.split)
     main_only(accelerator, lambda: data.first_look(train_split, val_split, config.on_bad_image, log))
     num_classes, class_names = train_split.num_classes, train_split.class_names
+    if criterion is not None:
+        criterion.check_classes(num_classes)
     config = resolve(config, accelerator.num_processes, train_split.images, published_defaults)
     for line in (*describe_derived(config), *data.describe_classes(train_split)):
         log(line)
