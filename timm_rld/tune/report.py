@@ -33,7 +33,7 @@ def summarize(found: dict[str, Any]) -> dict[str, Any]:
                       'top1_std': std})  # fmt: skip
     differences = []
     for a, b in (('winner', 'default'), ('winner', 'none'), ('default', 'none')):
-        if role_of[a] != role_of[b]:
+        if role_of[a] != role_of[b] and (a, role_of[a]) != ('winner', 'none'):  # the last pair says it
             of_a, of_b = by_role.get(role_of[a], {}), by_role.get(role_of[b], {})
             mean, interval = paired_difference([of_a[s] - of_b[s] for s in of_a if s in of_b])
             differences.append({'of': a, 'over': b, 'mean': mean, 'interval': interval})

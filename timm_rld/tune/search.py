@@ -372,7 +372,8 @@ def _finish(
             failed.append({**entry, 'reason': str(e)})
             continue
         clock, scale = search.clock, search.images[0] / search.images[1]
-        rest = sum(clock.seconds(whole, r != 'none', scale) for _, r, _ in jobs[place:])
+        to_do = [r for n, r, _ in jobs[place:] if not (search.output / f'final/{r}-seed{n}/results.json').exists()]
+        rest = sum(clock.seconds(whole, role != 'none', scale) for role in to_do)
         search.log(f'{said}; left: {duration(rest)}')
         runs.append({**entry, 'top1': results['student_top1'], 'teacher_top1': results['teacher_top1'],
                      'versions': results['versions']})  # fmt: skip
