@@ -70,11 +70,14 @@ def check_train(argv: list[str]) -> None:
     assert config.student and config.teacher
 
 
-def check_launch(argv: list[str]) -> None:
+def check_launch(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a command line of `accelerate launch`, and of the program that it starts."""
     from accelerate.commands.launch import launch_command_parser
 
     args = launch_command_parser().parse_args(argv)
+    if args.module and args.training_script == 'timm_rld':
+        check_tool(args.training_script_args, monkeypatch)
+        return
     assert args.training_script == 'train_distill.py'
     assert args.config_file is None or (ROOT / args.config_file).is_file()
     check_train(args.training_script_args)
@@ -110,7 +113,7 @@ def test_each_command_is_one_that_its_program_reads(code, tmp_path, monkeypatch)
             words = words[1:]
         match words:
             case ['accelerate', 'launch', *argv]:
-                check_launch(argv)
+                check_launch(argv, monkeypatch)
             case ['python', 'train_distill.py', *argv]:
                 check_train(argv)
             case ['timm-rld', *argv]:

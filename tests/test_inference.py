@@ -459,3 +459,19 @@ def test_predict_refuses_several_processes(run, folder, monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert tools(['predict', str(run), str(folder)]) == 2
     assert 'works in one process' in capsys.readouterr().err
+
+
+def test_the_card_shows_size_and_speed_beside_the_teachers(run):
+    from timm_rld.hub.card import card_section, size_and_speed
+
+    results = results_of(run)
+    results['models']['student']['latency_device'] = '<script>alert(1)</script>'
+    text = '\n'.join(size_and_speed(results))
+    parameters = [f'{results["models"][who]["parameters"] / 1e6:.2f} M' for who in ('student', 'teacher')]
+    assert f'| parameters | {parameters[0]} | {parameters[1]} |' in text
+    assert '| a batch of 8 | ' in text and '&lt;script&gt;' in text and '<script>' not in text
+    assert '| parameters | ' in card_section(read_run(run), 'me/x', 'last', False)
+    assert size_and_speed({'student_top1': 1.0}) == []  # of an earlier version
+    for model in results['models'].values():
+        del model['latency_ms'], model['latency_device']
+    assert 'a batch of' not in '\n'.join(size_and_speed(results))

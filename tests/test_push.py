@@ -152,7 +152,8 @@ def test_the_weights_that_were_asked_for_are_pushed(hub, run, weights, file):
     assert hub.files('me/student')['model.safetensors'] == (run / file / 'model.safetensors').read_bytes()
 
 
-def test_the_best_weights_come_from_their_checkpoint(hub, run, tmp_path):
+@pytest.mark.parametrize('exported', [True, False], ids=['from their folder', 'of an earlier version'])
+def test_the_best_weights_are_those_of_the_best_epoch(hub, run, tmp_path, exported):
     import shutil
 
     from safetensors.torch import load
@@ -161,14 +162,17 @@ def test_the_best_weights_come_from_their_checkpoint(hub, run, tmp_path):
     shutil.copytree(run, copy)
     results = json.loads((copy / 'results.json').read_text())
     best = next(p for p in (copy / 'checkpoints').iterdir() if 'epoch0003' not in p.name)
-    results['best_epoch'] = int(best.name[13:17])
+    assert results['best_epoch'] == int(best.name[13:17])
+    if not exported:
+        del results['student_folders']['student_best']
+        shutil.rmtree(copy / 'student_best')
     (copy / 'results.json').write_text(json.dumps(results))
     push.push_run(copy, 'me/student', hub_weights='best', log=lambda _: None)
     pushed = load(hub.files('me/student')['model.safetensors'])
     expected = load((best / 'model.safetensors').read_bytes())
     assert all(torch.equal(v, expected[k]) for k, v in pushed.items())
-    shutil.rmtree(copy / 'checkpoints')
-    with pytest.raises(UserError, match='--hub-weights best: its checkpoint is gone'):
+    shutil.rmtree(copy / ('student_best' if exported else 'checkpoints'))
+    with pytest.raises(UserError, match='--hub-weights best: .* is gone; --hub-weights last is there'):
         push.push_run(copy, 'me/student', hub_weights='best')
 
 

@@ -232,12 +232,14 @@ def find_weights(run: RunFiles, weights: str, flag: str = '--hub-weights') -> Pa
     folder = run.folder / ('student_ema' if weights == 'ema' else 'student')
     file = folder / 'model.safetensors'
     if weights == 'best' and run.results['best_epoch'] != run.history[-1]['epoch']:
-        file = run.folder / 'student_best' / 'model.safetensors'
-        if not file.is_file():  # of a version that did not write it
+        exported = run.results.get('student_folders', {}).get('student_best', {}).get('epoch')
+        if exported == run.results['best_epoch']:
+            file = run.folder / 'student_best' / 'model.safetensors'
+        else:  # of a version that did not write it, or while the run lasts
             checkpoint = f'student-epoch{run.results["best_epoch"]:04.0f}-end'
             file = run.folder / 'checkpoints' / checkpoint / 'model.safetensors'
     if not file.is_file():
-        why = {'ema': 'the run had no --model-ema', 'best': 'its checkpoint is gone'}.get(weights, f'no {file}')
+        why = {'ema': 'the run had no --model-ema', 'best': f'{file.parent} is gone'}.get(weights, f'no {file}')
         raise UserError(f'{flag} {weights}: {why}; {flag} last is there')
     return file
 
