@@ -45,15 +45,16 @@ def run(args: argparse.Namespace) -> str:
     if args.output.exists() and any(args.output.iterdir()):
         raise UserError(f'--output {args.output}: is not empty')
     lines = ['| split | images | of each class |', '| --- | --- | --- |']
-    for split, files in splits_of(args.data).items():
-        table = pa.concat_tables([pq.read_table(file) for file in files])
-        if args.target_key not in table.column_names:
-            raise UserError(f'--target-key {args.target_key}: no such column in {files[0].name}')
+    tables = {split: pa.concat_tables(map(pq.read_table, files)) for split, files in splits_of(args.data).items()}
+    if args.target_key not in tables['train'].column_names:
+        raise UserError(f'--target-key {args.target_key}: no such column in {args.data}')
+    there = int(tables['train'][args.target_key].to_numpy().max()) + 1
+    classes = args.classes or there
+    if classes > there:
+        raise UserError(f'--classes {classes}: {args.data} has {there}')
+    for split, table in tables.items():
         labels = table[args.target_key].to_numpy()
-        classes = args.classes or int(labels.max()) + 1
         counts = np.bincount(labels, minlength=classes)
-        if len(counts) < classes:
-            raise UserError(f'--classes {classes}: {files[0].name} has {len(counts)}')
         wanted = counts[:classes]
         if split == 'train':
             wanted = long_tail(np.minimum(wanted, args.images or counts.max()), args.imbalance)

@@ -16,8 +16,8 @@ from timm_rld.runs import parse_variant
 
 def rows(**top1: list[float]) -> list[dict]:
     return [
-        dict(criterion=name, seed=seed, top1=value, top1_best=value + 1, teacher_top1=80.0, agreement=50.0,
-             images_per_second=100.0, run='')
+        dict(criterion=name, seed=seed, top1=value, top1_best=value + 1, macro=value - 1.0, teacher_top1=80.0,
+             agreement=50.0, images_per_second=100.0, run='')
         for name, values in top1.items() for seed, value in enumerate(values)
     ]  # fmt: skip
 
@@ -35,7 +35,8 @@ def test_means_deviations_gains_and_paired_intervals():
 def test_one_seed_has_no_plus_minus_and_says_so():
     found = dict(teacher='a', student='b', epochs=2, seeds=[0], runs=rows(none=[60], rld=[62]))
     text = markdown({**found, 'criteria': summarize(found['runs'])})
-    assert '±' not in text and 'One seed' in text and '| none | 60.00 | 61.00 |  | +2.00 |' in text
+    assert '±' not in text and 'One seed' in text
+    assert '| none | 60.00 | 61.00 | 59.00 |  | +2.00 |' in text
 
 
 @pytest.fixture(scope='module')

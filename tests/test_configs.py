@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_rld.config import Config, list_recipes, load_yaml, parse_args, recipes_folder, resolve
 from timm_rld.engine import check_settings, create_optimizer, create_scheduler
-from timm_rld.loss import choose_criterion
+from timm_rld.loss import choose_criterion, published_defaults
 from timm_rld.pairing import create_student, look_up
 
 RECIPES = [path for path, _ in list_recipes()]
@@ -28,9 +28,7 @@ PAIRS = {
 
 def read(path: str) -> Config:
     config = parse_args(['--config', path])
-    row, _ = choose_criterion(config.distill, config.standardize, config.distill_kwargs)
-    return resolve(config, task_loss_weight=row.task_weight, distill_loss_weight=row.distill_weight,
-                   distill_warmup_epochs=row.warmup_epochs)  # fmt: skip
+    return resolve(config, published=published_defaults)
 
 
 def rates(config: Config, updates_per_epoch: int = 2) -> list[float]:

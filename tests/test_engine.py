@@ -221,7 +221,7 @@ def test_two_processes_train_and_evaluate_as_one(criterion, folder, trained_teac
     for one, two in zip(*rows, strict=True):
         for key in (k for k in one if k != 'epoch' and 'second' not in k):
             assert float(two[key]) == pytest.approx(float(one[key]), rel=2e-4, abs=1e-6), key
-    for key in ('teacher_top1', 'student_top1', 'agreement'):
+    for key in ('teacher_top1', 'teacher_macro', 'student_top1', 'student_macro', 'agreement'):
         assert results[0][key] == results[1][key]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -71,7 +72,7 @@ def test_a_run_goes_on_from_an_early_a_middle_and_a_late_checkpoint_to_the_same_
     flags = [*flags, '--checkpoint-hist', '100', '--experiment']
     stable.run([*flags, 'whole'], tmp_path / 'log')
     names = Checkpoints(tmp_path / 'whole' / 'checkpoints').names()
-    assert len(names) == 18 - 3 + 3  # six steps an epoch, the last of which is the epoch's end
+    assert sum('batch' in name for name in names) == 18 - 3  # six steps an epoch, the last of which is the epoch's end
     for name in (names[0], names[7], names[-2]):
         shutil.copytree(tmp_path / 'whole', tmp_path / name)
         (tmp_path / name / 'results.json').unlink()
@@ -284,13 +285,16 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for epoch in range(1, 6):
-        checkpoints.save(a_checkpoint(epoch, 3), 2)
-        checkpoints.save(a_checkpoint(epoch), 2 if epoch > 1 else 1)
-    assert checkpoints.names() == [
-        'student-epoch0002-end', 'student-epoch0005-batch000003', 'student-epoch0005-end'
-    ]  # fmt: skip
+    figures = {'top1': (1, 5, 2, 3, 4), 'macro': (5, 1, 2, 3, 4), 'loss': (5, 4, 1, 2, 3)}
+    rows = [{'epoch': e, **{f'eval_{k}': v[e - 1] for k, v in figures.items()}} for e in range(1, 6)]
+    for by, best in (('top1', 2), ('macro', 1), ('loss', 3)):
+        checkpoints = Checkpoints(tmp_path / by, keep=2, best_by=by)
+        for epoch in range(1, 6):
+            checkpoints.save(dataclasses.replace(a_checkpoint(epoch, 3), history=rows[: epoch - 1]))
+            checkpoints.save(dataclasses.replace(a_checkpoint(epoch), history=rows[:epoch]))
+        assert checkpoints.names() == [
+            f'student-epoch{best:04}-end', 'student-epoch0005-batch000003', 'student-epoch0005-end'
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,10 @@ def _fill_in(
     if c.train_crop_mode == 'pad':
         _default(c, crop_pct=1.0)  # it keeps the scale of the whole image
     _default(c, validation_batch_size=c.batch_size, hub_model_id=_default_repository(c))
-    _default(c, lr=_learning_rate(c, real_batch(c, num_processes, images)))
+    family = family_of(c.opt)
+    _default(c, lr_base=family.lr_base, lr_base_scale=family.lr_base_scale)
+    assert c.lr_base is not None and c.lr_base_scale is not None
+    _default(c, lr=scaled_rate(c.lr_base, real_batch(c, num_processes, images), c.lr_base_size, c.lr_base_scale))
     _default(c, teacher_lr=c.lr)
     if c.val_fraction is not None:
         _default(c, val_seed=c.seed)
@@ -107,27 +110,12 @@ def _fill_in(
     return c
 
 
-def _learning_rate(c: Config, batch: int) -> float:
-    """Return the learning rate for a batch, by the settings for it, else by those of the optimizer's family."""
-    family = family_of(c.opt)
-    size = c.lr_base_size or (family.lr_base_size if c.lr_base is None else 256)
-    return scaled_rate(c.lr_base or family.lr_base, batch, size, c.lr_base_scale or family.lr_base_scale)
-
-
-def default_lr_base(c: Config) -> float:
-    """Return the `--lr-base` that gives the learning rate which is the default."""
-    family, size = family_of(c.opt), c.lr_base_size or 256
-    scale = c.lr_base_scale or family.lr_base_scale
-    return c.lr_base or scaled_rate(family.lr_base, size, c.lr_base_size or family.lr_base_size, scale)
-
-
 def real_batch(config: Config, num_processes: int, images: int | None) -> int:
-    """Return the images of an optimizer step that the learning rate scales with: no more than an epoch has, and, but
-    for an lr-base of one's own, than scaling is known to hold for."""
+    """Return the images of an optimizer step that the learning rate scales with: no more than an epoch has, and than
+    scaling is known to hold for."""
     assert config.batch_size is not None and config.grad_accum_steps is not None  # filled in before
     batch = config.batch_size * num_processes * config.grad_accum_steps
-    largest = LARGEST_BATCH if config.lr_base is None else batch
-    return min(batch, largest, batch if images is None else images)
+    return min(batch, LARGEST_BATCH, batch if images is None else images)
 
 
 def describe_derived(config: Config) -> list[str]:

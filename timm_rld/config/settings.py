@@ -307,10 +307,9 @@ class Config:
         'learning rate (default: lr-base scaled to the global batch, or to the images of an epoch if fewer)',
         gt=0)  # fmt: skip
     lr_base: float | None = setting(None, SCHED,
-        "learning rate at a global batch of lr-base-size (default: the optimizer's; sgd 0.1, adamw 0.001 at 512)",
+        "learning rate at a global batch of lr-base-size (default: the optimizer's: sgd 0.1, adamw 0.0007, …)",
         gt=0, sample=0.2)  # fmt: skip
-    lr_base_size: int | None = setting(None, SCHED, "see lr-base (default: 256, or that of the optimizer's lr-base)",
-        gt=0)  # fmt: skip
+    lr_base_size: int = setting(256, SCHED, 'see lr-base', gt=0)
     lr_base_scale: str | None = setting(None, SCHED,
         "how the learning rate grows with the batch (default: the optimizer's; sgd linear, adamw sqrt)",
         choices=('linear', 'sqrt'))  # fmt: skip

@@ -91,10 +91,10 @@ class CriterionInfo:
         """Paper and year; empty where there is none."""
         return f'{self.paper}, {self.year}' if self.paper else ''
 
-    def defaults(self, epochs: int) -> dict[str, Any]:
-        """Return the defaults of the settings of a run of so many epochs, by name: the published ones, and of the
-        published ramp the same share of the run, at least one epoch and no more than published."""
-        share = max(1, round(self.warmup_epochs / self.epochs * epochs))
+    def defaults(self, epochs: int | None = None) -> dict[str, Any]:
+        """Return the published defaults of the settings of a run, by name; for a run of so many epochs the same share
+        of it as a ramp, at least one epoch and no more than published."""
+        share = self.warmup_epochs if epochs is None else max(1, round(self.warmup_epochs / self.epochs * epochs))
         return dict(
             task_loss_weight=self.task_weight,
             distill_loss_weight=self.distill_weight,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import FIELDS, Config, default_lr_base, flag_of, parse_args, resolve
+from ..config import FIELDS, Config, flag_of, parse_args, resolve
 from ..errors import UsageError, did_you_mean
 from ..loss import CRITERIA, Knob, get_criterion
 from ..runs import parse_variant
@@ -147,10 +147,8 @@ def learning_rate(config: Config) -> tuple[str, float]:
     """Return the setting that the learning rate of a run follows, and its value: `lr`, or `lr_base` where it is scaled
     by a batch size, which depends on the number of processes too."""
     resolved = resolve(config)
-    if 'lr' in resolved.origin.derived:
-        return 'lr_base', default_lr_base(resolved)
-    assert resolved.lr is not None
-    return 'lr', resolved.lr
+    name = 'lr_base' if 'lr' in resolved.origin.derived else 'lr'
+    return name, float(getattr(resolved, name))
 
 
 def defaults(criteria: Sequence[str], config: Config) -> list[Candidate]:
