@@ -21,7 +21,7 @@ from timm_rld.bench.measure import markdown, run_script
 from timm_rld.bench.photographs import write_photographs
 from timm_rld.config import Config, resolve, to_yaml
 from timm_rld.errors import UsageError
-from timm_rld.loss import CRITERIA
+from timm_rld.loss import published_defaults
 
 # what `timm-rld` runs; it then says its highest memory in KiB (a parent is told that of the fork, if it is higher)
 PROGRAM = """
@@ -72,7 +72,7 @@ def plant_run(
     import pyarrow.parquet as pq
 
     given = Config(**{'teacher': 'cifar_resnet20', 'student': 'cifar_resnet8', 'epochs': epochs, **settings})
-    config = resolve(given, **CRITERIA[given.distill].defaults())
+    config = resolve(given, published=published_defaults)
     (run / 'student').mkdir(parents=True)
     size_of = dict(input_size=[3, size, size], mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], interpolation='bilinear',
                    crop_pct=1.0, crop_mode='center', label_names=names)  # fmt: skip

@@ -46,7 +46,7 @@ def test_each_room_is_in_the_table_of_the_house():
 def test_a_row_is_all_that_a_criterion_needs_to_be_chosen(mse):
     config = parse_args(['--distill', 'mse', '--distill-kwargs', 'scale=2'])
     row, criterion = choose_criterion(config.distill, config.standardize, config.distill_kwargs)
-    assert row.options == {'scale': 2} and row.defaults()['distill_loss_weight'] == 1
+    assert row.options == {'scale': 2} and row.defaults(240)['distill_loss_weight'] == 1
     student, teacher = torch.randn(4, 5), torch.randn(4, 5)
     torch.testing.assert_close(criterion(student, teacher), 2 * (student - teacher).square().mean())
     assert 'mse' in describe_criteria() and mse.cited in describe_criteria()

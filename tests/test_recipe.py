@@ -264,7 +264,7 @@ def test_a_broken_image_stops_the_run_by_name_with_workers_too(tiny, tmp_path, f
     for workers in ('0', '1'):
         assert main([*tiny, '--data-dir', str(tmp_path / 'd'), '--workers', workers, '--experiment', workers]) == 1
         err = capsys.readouterr().err.strip().splitlines()
-        assert len(err) == 1 and err[0].startswith('train_distill.py: error: image 4 (') and str(broken) in err[0]
+        assert len(err) == 2 and '1 of 41 images looked at cannot be read' in err[0] and str(broken) in err[0]
         fresh(None)
 
 

@@ -34,10 +34,10 @@ WHOLE = Config(teacher='resnet34', student='resnet18', data_dir='.', epochs=100)
 @pytest.mark.parametrize('name', [name for name, row in CRITERIA.items() if row.cls])
 def test_each_knob_of_the_table_is_one_that_the_trainer_accepts_over_its_whole_range(name):
     row = CRITERIA[name]
-    assert any('weight' in k.name or k.name in ('alpha', 'beta', 'lambda1') for k in row.knobs), 'a weight at least'
+    assert any('weight' in k.name or k.name in ('alpha', 'beta', 'lambda1', 'w1') for k in row.knobs), 'a weight at least'
     for standardize in (False, *([] if row.not_standardized else [True])):
         base = get_criterion(name, standardize)
-        published = {**base.defaults(), **base.options}
+        published = {**base.defaults(240), **base.options}
         for knob in row.knobs:
             ends = knob.choices or [published[knob.name] * factor for factor in knob.factors]
             assert ends, 'a range or choices'
@@ -57,7 +57,7 @@ def test_the_docs_list_each_knob_with_its_range(name):
     page = (Path(__file__).parent.parent / 'docs' / 'tune.md').read_text(encoding='utf-8')
     (line,) = (x for x in page.splitlines() if x.startswith(f'| `{name}` |'))
     row = CRITERIA[name]
-    published = {**row.defaults(), **row.options}
+    published = {**row.defaults(240), **row.options}
     shown = []
     for knob in row.knobs:
         text = f'`{knob.name}`'
