@@ -210,7 +210,7 @@ def _resolve_cache(c: Config) -> None:
     if c.on_bad_image == 'skip':
         raise UsageError(
             '--on-bad-image skip with --teacher-cache: the image that replaces a broken one is not the one that the '
-            'cached logit belongs to; leave one of the two out'
+            'cached logit belongs to; leave one of the two out, or leave the images out with --skip-list FILE'
         )
     if c.teacher is None:
         raise UsageError(f'--teacher-cache {c.teacher_cache}: there is no --teacher')

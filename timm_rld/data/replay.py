@@ -148,6 +148,10 @@ class ReplayStream(IterableDataset[tuple[Tensor, int, int]]):
         """The next iteration gives epoch ``epoch`` (1-based)."""
         self.epoch = epoch
         self.source.dataset.set_epoch(epoch)
+        if self.source.shards is not None:
+            # without workers, timm's reader of shards would go on with the shuffling of the epoch before
+            reader = self.source.dataset.reader
+            reader.ds, reader.worker_seed = None, derive_seed(STREAM, self.seed or 0, epoch, self.rank)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
         worker = get_worker_info()
