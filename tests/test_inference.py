@@ -182,6 +182,7 @@ def test_a_run_that_was_killed_after_its_last_epoch_leaves_the_same_predictions(
     for name in ('results.json', 'predictions.parquet'):
         (tmp_path / 'run' / name).unlink()
     shutil.rmtree(tmp_path / 'run' / 'student_best')
+    flags = [*flags, '--lr', str(read_run(run).settings['lr'])]
     assert main([*flags, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']) == 0
     assert (tmp_path / 'run' / 'predictions.parquet').read_bytes() == (run / 'predictions.parquet').read_bytes()
     assert (tmp_path / 'run' / 'student_best').is_dir()
@@ -453,7 +454,8 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_left_half_written(places
     assert (
         text.replace('T/', f'{places["T"]}/') in err and len(err.strip().splitlines()) <= 2 and 'Traceback' not in err
     )
-    assert {p: p.stat().st_mtime_ns for p in Path(places['T']).rglob('*')} == before and not out
+    assert {p: p.stat().st_mtime_ns for p in Path(places['T']).rglob('*')} == before
+    assert all(line.startswith('Validation split: ') for line in out.splitlines())
 
 
 def test_predict_refuses_several_processes(run, folder, monkeypatch, capsys):

@@ -205,6 +205,7 @@ def _run_loops(
         )  # fmt: skip
         loops[name] = _InMemory(batches, size, alone.all if name == 'online' else alone.student, accelerator)
         validation: Any = _InMemory(batches[:1], size)
+        validation.source = source
         histories[name] = fit(task, loops[name], validation, accelerator, c, log_file=folder / 'log.csv')[1:]
     return loops, histories
 
