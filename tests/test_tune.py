@@ -34,7 +34,9 @@ WHOLE = Config(teacher='resnet34', student='resnet18', data_dir='.', epochs=100)
 @pytest.mark.parametrize('name', [name for name, row in CRITERIA.items() if row.cls])
 def test_each_knob_of_the_table_is_one_that_the_trainer_accepts_over_its_whole_range(name):
     row = CRITERIA[name]
-    assert any('weight' in k.name or k.name in ('alpha', 'beta', 'lambda1', 'w1') for k in row.knobs), 'a weight at least'
+    assert any('weight' in k.name or k.name in ('alpha', 'beta', 'lambda1', 'w1') for k in row.knobs), (
+        'a weight at least'
+    )
     for standardize in (False, *([] if row.not_standardized else [True])):
         base = get_criterion(name, standardize)
         published = {**base.defaults(240), **base.options}

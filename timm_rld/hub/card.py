@@ -271,18 +271,22 @@ def size_and_speed(results: dict[str, Any]) -> list[str]:
     if not models:
         return []
     timed: dict[str, Any] = next((m for m in models.values() if m.get('latency_ms')), {})
+
+    def row(key: str, text: str, scale: float = 1) -> list[str]:
+        return [text.format(m[key] / scale) if m.get(key) is not None else '' for m in models.values()]
+
     rows = {
-        'parameters': [f'{m["parameters"] / 1e6:.2f} M' for m in models.values()],
-        'multiply-adds of an image': [f'{(m.get("multiply_adds") or 0) / 1e6:,.1f} M' for m in models.values()],
-        'weights': [f'{m["weights_mb"]:.1f} MB' for m in models.values()],
+        'parameters': row('parameters', '{:.2f} M', 1e6),
+        'multiply-adds of an image': row('multiply_adds', '{:,.1f} M', 1e6),
+        'weights': row('weights_mb', '{:.1f} MB'),
         **{
             f'a batch of {size}': [
                 f'{m["latency_ms"][size]:.4g} ms' if m.get('latency_ms') else '' for m in models.values()
             ]
             for size in timed.get('latency_ms', {})
         },
-        'expected calibration error': [f'{m["ece"]:.3f}' for m in models.values()],
-        'best temperature': [f'{m["best_temperature"]:.3g}' for m in models.values()],
+        'expected calibration error': row('ece', '{:.3f}'),
+        'best temperature': row('best_temperature', '{:.3g}'),
     }
     device = f' A batch: on {_literal(timed["latency_device"])}, batch norms folded.' if timed else ''
     return [
