@@ -508,20 +508,44 @@ def test_validation_images_are_not_read_before_the_last_stage_and_one_cache_serv
     assert best['teacher'] == f'local-dir:{output / "teacher" / "teacher"}' and best['teacher_epochs'] == 0
 
 
+# In the place of a training: holds the lock of its folder as one does, and takes a while.
+STAND_IN = """
+import fcntl, json, os, sys, time, zlib
+given = sys.argv[3:]
+folder = os.path.join(*(given[given.index(flag) + 1] for flag in ('--output', '--experiment')))
+os.makedirs(folder, exist_ok=True)
+lock = open(folder + '/.lock', 'a')
+fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+with open(folder + '/starts', 'a') as f:
+    f.write('x')
+time.sleep(0.5)
+chosen = ' '.join(given[given.index('--distill') : given.index('--output')]) if '--distill' in given else ''
+top1 = zlib.crc32(chosen.partition(' --teacher-cache ')[0].encode()) % 10000 / 100
+with open(folder + '/part', 'w') as f:
+    json.dump(dict(student_top1=top1, teacher_top1=90.0, versions={}), f)
+os.rename(folder + '/part', folder + '/results.json')
+"""
+
+
 @pytest.mark.slow
 def test_killed_twice_the_same_command_ends_with_the_same_table(folder, tmp_path):
-    def start(output: Path) -> subprocess.Popen:
-        log = (tmp_path / f'{output.name}.log').open('ab')
-        return subprocess.Popen([sys.executable, '-m', 'timm_rld', *argv_of(folder, output)], stdout=log, stderr=log)
+    (tmp_path / 'stand_in.py').write_text(STAND_IN)
 
-    assert start(tmp_path / 'whole').wait() == 0
+    def start(output: Path) -> subprocess.Popen:
+        argv = [*argv_of(folder, output), '--launcher', f'{sys.executable} {tmp_path / "stand_in.py"}']
+        log = (tmp_path / f'{output.name}.log').open('ab')
+        return subprocess.Popen([sys.executable, '-m', 'timm_rld', *argv], stdout=log, stderr=log)
+
+    assert start(tmp_path / 'whole').wait() == 0, (tmp_path / 'whole.log').read_text()
     killed = tmp_path / 'killed'
-    for number, wait_for in ((signal.SIGKILL, 'rung-1/02-kd.log'), (signal.SIGTERM, 'rung-2/01-none.log')):
+    for number, wait_for in ((signal.SIGKILL, 'rung-1/02-kd/starts'), (signal.SIGTERM, 'rung-2/01-none/starts')):
         process, deadline = start(killed), time.monotonic() + 120
         while not (killed / wait_for).exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.02)
         process.send_signal(number)
         assert process.wait() == (-9 if number == signal.SIGKILL else 143)
     assert start(killed).wait() == 0, (tmp_path / 'killed.log').read_text()
     tables = [(tmp_path / name / 'tune.md').read_text() for name in ('whole', 'killed')]
     assert tables[0] == tables[1]
+    starts = {str(f.parent.relative_to(killed)): len(f.read_text()) for f in killed.rglob('starts')}
+    assert len(starts) > 8 and {name for name, n in starts.items() if n > 1} <= {'rung-2/01-none'}
