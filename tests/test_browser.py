@@ -101,9 +101,11 @@ return [...column.tBodies[0].rows].map(row => row.cells[arguments[0]].textConten
 
 def test_a_click_on_a_title_sorts_the_table_and_another_turns_it_round(browser, page):
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
 
     show(browser, page)
-    buttons = browser.find_elements(By.CSS_SELECTOR, '#classes table th button')
+    titles = (By.CSS_SELECTOR, '#classes table th button')
+    buttons = WebDriverWait(browser, 60).until(lambda _: browser.find_elements(*titles))
     for number in (0, 1):
         for descending in (False, True):
             browser.execute_script('arguments[0].click()', buttons[number])

@@ -34,7 +34,7 @@ HALVES = [torch.float16, torch.bfloat16]
 def argv(folder, trained_teacher, tmp_path):
     """A small run of a teacher with weights, that uses a cache in `tmp_path`."""
     return ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_vit', '--data-dir', str(folder),
-            '--img-size', '32', '--epochs', '4', '--lr', '0.05', '-b', '8', '--workers', '0', '--min-teacher-acc', '0',
+            '--img-size', '32', '--epochs', '4', '--lr', '0.005', '-b', '8', '--workers', '0', '--min-teacher-acc', '0',
             '--output', str(tmp_path), '--cpu-threads', '1']  # fmt: skip
 
 
@@ -280,8 +280,8 @@ def test_epochs_of_one_view_see_the_same_images_in_another_order():
 
 def test_a_fitted_teacher_has_a_cache_too(folder, tmp_path, capsys):
     argv = ['--teacher', 'test_resnet', '--student', 'test_vit', '--data-dir', str(folder), '--img-size', '32',
-            '--teacher-epochs', '1', '--no-teacher-pretrained', '--epochs', '2', '--lr', '0.05', '-b', '8', '--workers',
-            '0', '--min-teacher-acc', '0', '--output', str(tmp_path)]  # fmt: skip
+            '--teacher-epochs', '1', '--no-teacher-pretrained', '--epochs', '2', '--lr', '0.005', '-b', '8',
+            '--workers', '0', '--min-teacher-acc', '0', '--output', str(tmp_path)]  # fmt: skip
     for name in ('first', 'second'):
         assert main(cached(argv, tmp_path, name, '--teacher-cache-views', '1')) == 0
     hint = f'--teacher local-dir:{tmp_path / "second" / "teacher"} --teacher-epochs 0 would save training it'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -103,8 +104,7 @@ def test_a_file_that_is_not_there_is_named(tail):
 
 
 def test_of_a_stream_only_weights_of_a_file_can_be_had(tail, tmp_path):
-    source = split_of(tail)
-    source.streamed = True
+    source = dataclasses.replace(split_of(tail), streamed=True)
     with pytest.raises(UserError, match='--class-weights auto: how many images each class'):
         class_weights(source, 'auto')
     assert class_weights(source, written(tmp_path, '0,1\n1,2\n2,4\n')).tolist() == [1, 2, 4]

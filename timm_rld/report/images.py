@@ -96,16 +96,8 @@ def read_facts(run: RunFiles) -> dict[str, Any]:
 
 def class_counts(source: Source | None, classes: int) -> Array | None:
     """Return the number of images of each class, `[C]`; None where it is not known without reading them."""
-    reader: Any = getattr(source.dataset, 'reader', None) if source is not None and not source.streamed else None
-    samples: Any = getattr(reader, 'samples', None)
-    columns: Any = getattr(reader, 'dataset', None)
-    if samples is not None:
-        labels = [target for _, target in samples]
-    elif hasattr(columns, 'unique') and not getattr(reader, 'remap_class', False):
-        labels = columns[reader.label_key]
-    else:
-        return None
-    return np.bincount(np.asarray(labels, dtype=np.int64), minlength=classes)
+    targets = None if source is None else source.targets
+    return None if targets is None else np.bincount(targets[targets >= 0], minlength=classes)
 
 
 @dataclass(frozen=True)
