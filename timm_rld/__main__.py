@@ -62,7 +62,8 @@ def check_data(args: argparse.Namespace) -> None:
     if args.write_skip_list:
         with writing(args.write_skip_list):
             write_atomic(Path(args.write_skip_list), os.fsencode(''.join(f'{line}\n' for line in findings.broken)))
-        print(f'\n{args.write_skip_list}: {len(findings.broken):,} images to leave out, for --skip-list')
+        count = len(findings.broken)
+        print(f'\n{args.write_skip_list}: {count:,} image{"" if count == 1 else "s"} to leave out, for --skip-list')
     if args.report:
         with writing(args.report):
             write_atomic(Path(args.report), data_page.findings_page(findings, splits, args.target))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..files import cores
+from .names import printable
 from .scan import read_all
 from .skip_list import skip_name
 from .sources import Source
@@ -169,11 +170,6 @@ class _Names:
         """Return a path below the folder of both splits as relative to it, and any other as it is."""
         inside = path.startswith(self.root + os.sep)
         return os.path.relpath(path, self.root) if inside else path
-
-
-def printable(text: str) -> str:
-    """Return text without what would move a terminal's cursor: such characters are escaped."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
 
 
 def _summary(source: Source, rows: np.ndarray, num_classes: int) -> SplitSummary:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from PIL import features
 
 from ..errors import UserError
+from .names import printable
 
 _READ = '.jpg .png .webp .jpeg .jpe .jfif .mpo .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm'
 _UNREAD = (
@@ -155,7 +156,7 @@ class FolderReader:
         if beside:
             return (
                 f'--data-dir {self.root}: {len(beside)} images, but no class folders; put the images of each class '
-                'into a folder of its name'
+                'into a folder of its name, or give a table of their labels: --labels FILE'
             )
         kinds = Counter(os.path.splitext(f[1])[1].lower() or 'files without an ending' for f in others)
         listed = ', '.join(f'{count} {kind}' for kind, count in kinds.most_common(3)) or 'no files'
@@ -243,6 +244,6 @@ def note_left_out(left_out: list[tuple[str, str]], shown: int = 3) -> str:
         reasons.setdefault(reason, []).append(path)
     parts = []
     for reason, paths in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        names = ', '.join(paths[:shown]) + (', …' if len(paths) > shown else '')
+        names = ', '.join(map(printable, paths[:shown])) + (', …' if len(paths) > shown else '')
         parts.append(f'{len(paths)} {reason} ({names})')
     return '; '.join(parts)

@@ -52,6 +52,8 @@ def reason(error: Exception) -> str:
         return 'it is no image in a format that Pillow reads'
     if isinstance(error, Image.DecompressionBombError):
         return f'{str(error).partition(",")[0]}; make it smaller'
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # its text names the file, too
     return str(error) if type(error) is ValueError else f'{type(error).__name__}: {error}'
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from ..errors import UserError
 from .folders import note_left_out
 from .images import decode, reason
+from .names import printable
 from .skip_list import skip_name
 from .sources import Source
 
@@ -35,7 +36,7 @@ def first_look(train: Source, val: Source, on_bad_image: str, log: Callable[[str
         if source.left_out and not (source is val and val.dataset is train.dataset):
             log(f'{source.split}: left out: {note_left_out(source.left_out)}')
     if unknown := sorted(train.unlisted & val.unlisted):
-        listed = ', '.join(unknown[:3]) + (', …' if len(unknown) > 3 else '')
+        listed = ', '.join(map(printable, unknown[:3])) + (', …' if len(unknown) > 3 else '')
         log(f'--skip-list: {len(unknown)} of its lines name no image of either split: {listed}')
     for source, flag in ((train, '--train-split'), (val, '--val-split')):
         bad, count = look_at(source)
@@ -78,7 +79,7 @@ def look_at(source: Source, count: int = LOOKED_AT) -> tuple[list[tuple[str, str
 
 def _name(source: Source, index: int) -> str:
     path = source.path(index)
-    return str(path) if path is not None else skip_name(source, index)
+    return printable(str(path) if path is not None else skip_name(source, index))
 
 
 def fault(reader: Any, place: int) -> str | None:

@@ -24,6 +24,11 @@ def find_named(there: Sequence[str], split: str) -> str | None:
     return first_named(there, (split, *next((names for names in _SYNONYMS if split.lower() in names), ())))
 
 
+def printable(text: str) -> str:
+    """Return text without what would move a terminal's cursor: such characters are escaped."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
+
+
 def some(names: Sequence[str], at_most: int = 8) -> str:
     """Return the first of some names as a text."""
     return ', '.join(names[:at_most]) + (', …' if len(names) > at_most else '')

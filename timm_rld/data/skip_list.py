@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ def read_skip_list(path: str) -> frozenset[str]:
     """
     try:
         # as the system gives the names of files, whatever their letters
-        lines = os.fsdecode(Path(path).expanduser().read_bytes()).splitlines()
+        lines = os.fsdecode(Path(path).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8)).split('\n')
     except OSError as e:
         raise UserError(f'--skip-list {path}: cannot be read ({e.strerror or e})') from e
     return frozenset(line.strip() for line in lines if line.strip())
@@ -30,13 +31,14 @@ def read_skip_list(path: str) -> frozenset[str]:
 
 def skip_name(source: Source, index: int, data_dir: str | None = None) -> str:
     """Return how a list names an image: by its file, below ``data_dir`` where it lies there (`train/cat/1.jpg`, of a
-    tar `train.tar/cat/1.jpg`); an image without a file by split and row (`train/17`)."""
+    tar `train.tar/cat/1.jpg`); an image without a file by split and row (`train/17`).
+    A line break in a name is written as `\\n`."""
     reader = getattr(source.dataset, 'reader', None)
     samples = getattr(source.dataset if reader is None else reader, 'samples', None)
     place = source.place(index)
     if samples is None or not isinstance(samples[place][0], str):
         return f'{getattr(reader, "split", source.split)}/{place}'  # also of a part that is held out
-    path = os.path.abspath(samples[place][0])
+    path = os.path.abspath(samples[place][0]).replace('\n', '\\n').replace('\r', '\\r')
     below = os.path.join(os.path.abspath(os.path.expanduser(data_dir)), '') if data_dir else ''
     return path.removeprefix(below) if below else path
 
@@ -54,7 +56,6 @@ def leave_out(source: Source, path: str | None, data_dir: str | None = None) -> 
         return source
     if source.streamed:
         raise UserError(f'--skip-list {path}: the images of a streamed dataset have no names; leave them out of it')
-    lines = read_skip_list(path)
     root = os.path.abspath(os.path.expanduser(data_dir)) if data_dir else ''
     below = os.path.join(root, '')
     lines = read_skip_list(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,14 +14,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import SampleError, UserError
 from ..offline import hub_in_reach
 from .folders import IMAGE_TYPES, FolderReader, TarReader
 from .images import decode as decode_image
 from .images import reason
-from .names import VALIDATION_NAMES, find_named
+from .names import VALIDATION_NAMES, find_named, printable
 from .skip_list import leave_out
 from .table import Table, open_table, read_table
 from .targets import UNLABELED, targets_of
@@ -30,6 +31,7 @@ SAMPLE_NOTE = (
     'No --dataset or --data-dir: using the sample that ships with timm_rld '
     '(UCI handwritten digits: 1,797 images, 10 classes, CC BY 4.0).'
 )
+MOST_CLASSES = 10_000_000  # more are identifiers, not class indices
 STREAMED = ('hfids', 'wds', 'tfds')
 
 
@@ -223,9 +225,9 @@ class Source:
                 name = reader.filename(index, absolute=True)
             except Exception:
                 name = None
-            where = f' ({name})' if name else ''
+            where = f' ({printable(name)})' if name else ''
             raise SampleError(
-                f'image {index}{where} of split {self.split!r} cannot be read: {self.why(index, e)}'
+                f'image {index}{where} of split {self.split!r} cannot be read: {printable(self.why(index, e))}'
             ) from e
 
     def null_images(self) -> set[int]:
@@ -241,6 +243,10 @@ class Source:
         reader: Any = getattr(self.dataset, 'reader', None)
         if hasattr(getattr(reader, 'dataset', None), 'unique') and not _has_image(reader)[place].as_py():
             return f'row {place} of the column {reader.image_key!r} is null'
+        if isinstance(error, UnidentifiedImageError) and hasattr(reader, 'samples'):
+            with reader[place][0] as file:
+                if not file.read(1):
+                    return 'an empty file'
         return reason(error)
 
     def _decoded(self, image: Any, decode: Callable[[Image.Image], Image.Image] | None) -> Image.Image:
@@ -389,6 +395,8 @@ def open_dataset(
         raise
     except Exception as e:
         raise _explain(e, kind, rest, root, split, flag, dataset_download) from e
+    if kind == 'hfds':
+        _name_numbers(made.reader)
     source = Source(made, split, 0, None, kind in STREAMED, image_mode)
     source.left_out = list(getattr(getattr(made, 'reader', None), 'left_out', ()))
     if kind == 'wds':
@@ -398,6 +406,13 @@ def open_dataset(
     if kind == 'hfds':
         _check_image_column(source, input_key or 'image')
     return source
+
+
+def _name_numbers(reader: Any) -> None:
+    """Let a class map name labels that are numbers, without names in the dataset, by their digits."""
+    if reader.remap_class and not reader._source_names:
+        names = (str(name) for name in reader.class_to_idx)
+        reader._source_names = {int(name): name for name in names if re.fullmatch(r'0|[1-9]\d*', name, re.ASCII)}
 
 
 def _check_image_column(source: Source, input_key: str) -> None:
@@ -478,6 +493,11 @@ def _find_split(root: str, split: str, flag: str) -> str:
         candidate = str(paths.get(found) or paths[f'{found}.tar'])
         if not os.path.samefile(candidate, root):
             return candidate
+    if not there and (count := sum(p.suffix.lower() in IMAGE_TYPES for p in Path(root).iterdir())):
+        raise UserError(
+            f'--data-dir {root}: {count:,} image{"" if count == 1 else "s"}, but no class folders; put the images of '
+            'each class into a folder of its name, or give a table of their labels: --labels FILE'
+        )
     listed = ', '.join(there[:8]) + (', …' if len(there) > 8 else '') if there else 'no folder at all'
     raise UserError(f'{flag} {split!r}: no such folder in --data-dir {root} (there: {listed})')
 
@@ -487,7 +507,12 @@ def _read_class_map(path: str, root: str | None) -> list[str]:
     file = path if os.path.exists(path) else os.path.join(root or '', path)
     if not os.path.isfile(file) or not path.endswith('.txt'):
         raise UserError(f'--class-map {path}: expected a .txt file with a class name a line')
-    names = [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines()]
+    try:
+        names = [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines()]
+    except UnicodeDecodeError as e:
+        raise UserError(f'--class-map {path}: is not UTF-8; save it as UTF-8') from e
+    if names and names[0].startswith('\ufeff'):  # timm would take it for a letter of the first name
+        raise UserError(f'--class-map {path}: begins with a byte order mark; save it as UTF-8 without one')
     for i, name in enumerate(names):
         if not name or name in names[:i]:
             raise UserError(f'--class-map {path}: line {i + 1} is {"written twice" if name else "blank"}')
@@ -603,6 +628,11 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
         source.num_classes = len(source.class_names)
     elif labels is not None:
         source.num_classes = max(labels, default=1) + 1  # where none has a label, that is the error
+        if source.num_classes > MOST_CLASSES:
+            raise UserError(
+                f'--target-key {target_key}: label {max(labels)} found, but classes are counted from 0; is it the '
+                'label column? A --class-map FILE (a label a line) gives each label an index'
+            )
     elif num_classes is None:
         raise UserError(f'{name} does not give its number of classes; give --num-classes N')
     if labels and source.class_names and max(labels) >= source.num_classes:

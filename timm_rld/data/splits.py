@@ -99,6 +99,8 @@ def open_splits(
         check_same_classes(train, val)
         if same := overlap(train, val):
             log(f'Warning: {same}')
+        if note := classes_not_validated(train, val):
+            log(note)
     if note := classes_without_images(train):
         log(note)
     return train, val
@@ -208,6 +210,17 @@ def classes_without_images(train: Source) -> str:
     return (
         f'Note: {len(missing):,} of {train.num_classes:,} classes {"has" if len(missing) == 1 else "have"} no training '
         f'image: {listed(train, missing)}{counted}'
+    )
+
+
+def classes_not_validated(train: Source, val: Source) -> str:
+    """Return a line on the classes with training images but no validation image, or an empty text."""
+    if train.targets is None or val.targets is None or not len(missing := np.setdiff1d(train.targets, val.targets)):
+        return ''
+    return (
+        f'Note: {len(missing):,} of {train.num_classes:,} classes {"has" if len(missing) == 1 else "have"} no image in '
+        f'--val-split {val.split}, so that nothing measures them: {listed(train, missing)}. '
+        '--val-fraction 0.2 takes the same part of each class'
     )
 
 
