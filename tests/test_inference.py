@@ -459,6 +459,15 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_left_half_written(places
     assert all(line.startswith('Validation split: ') for line in out.splitlines())
 
 
+def test_images_of_a_folder_are_of_all_types_that_a_training_reads(tmp_path):
+    from timm_rld.inference.predict import find_images
+
+    for name in ('a.webp', 'b.GIF', 'c.tif', 'd.txt', '.e.png', '__MACOSX/f.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [Path(file).name for file in find_images([str(tmp_path)])] == ['a.webp', 'b.GIF', 'c.tif']
+
+
 def test_a_link_to_the_folder_that_it_lies_in_gives_no_image_twice(tmp_path):
     from timm_rld.inference.predict import find_images
 
@@ -482,7 +491,7 @@ def test_a_run_that_was_validated_on_a_share_of_the_training_split_is_evaluated_
     shutil.copytree(run, tmp_path / 'run')
     (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump({**settings, 'tune_holdout': 0.25, 'val_split': None}))
     own = evaluation([str(tmp_path / 'run')], tmp_path / 'a')
-    assert (own['val_split'], own['images']) == ('train, the share held out', 10)
+    assert (own['val_split'], own['images']) == ('train, the share held out', 11)
     assert evaluation([str(tmp_path / 'run'), '--val-split', 'validation'], tmp_path / 'b')['images'] == 20
 
 

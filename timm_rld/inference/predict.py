@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..data import Loader, Source, eval_transform
+from ..data.folders import IMAGE_TYPES, is_junk
 from ..distributed import create_accelerator
 from ..engine import wants_channels_last
 from ..errors import SampleError, UsageError, UserError, check_file, writing
@@ -35,9 +36,7 @@ def find_images(paths: Iterable[str]) -> list[str]:
     Raises:
         UserError: for a path that is not there, and a folder without images.
     """
-    from timm.data.readers.img_extensions import get_img_extensions
-
-    kinds, found = get_img_extensions(as_set=True), []
+    found: list[str] = []
     for path in paths:
         path = os.path.expanduser(path)
         if not os.path.isdir(path):
@@ -45,13 +44,13 @@ def find_images(paths: Iterable[str]) -> list[str]:
                 raise UserError(f'{path}: no such file or folder')
             found.append(path)
             continue
-        inside = []
+        inside: list[str] = []
         for folder, folders, names in os.walk(path, followlinks=True):
-            folders[:] = sorted(name for name in folders if name[0] != '.' and not _leads_back(folder, name))
-            images = (name for name in names if os.path.splitext(name)[1].lower() in kinds and name[0] != '.')
+            folders[:] = sorted(name for name in folders if not is_junk(name) and not _leads_back(folder, name))
+            images = (n for n in names if os.path.splitext(n)[1].lower() in IMAGE_TYPES and not is_junk(n))
             inside += [os.path.join(folder, name) for name in images]
         if not inside:
-            raise UserError(f'{path}: no images in this folder or below it (expected {", ".join(sorted(kinds))})')
+            raise UserError(f'{path}: no images in this folder or below it (expected {", ".join(IMAGE_TYPES)})')
         found += sorted(inside, key=lambda name: name.split(os.sep))
     return found
 
