@@ -362,7 +362,7 @@ def test_the_commands_of_a_report_can_be_run(planted):
         words = shlex.split(rule.command.format(**facts))
         if words[:3] == ['accelerate', 'launch', 'train_distill.py']:
             config = parse_args(words[3:])
-            if '--experiment' in words and '--no-aug' not in rule.name and rule.name != 'plain':
+            if '--experiment' in words and rule.name not in ('plain', 'again'):
                 assert config.experiment != 'run' and config.teacher == f'local-dir:{planted / "teacher"}', rule.name
         checked.add(words[0])
     assert {'accelerate', 'timm-rld', 'head'} <= checked
@@ -615,7 +615,7 @@ def test_what_is_offered_after_a_run_without_a_teacher_needs_none(folder, tmp_pa
 )
 def test_what_cannot_be_reported_is_said_in_a_line_and_nothing_is_left(planted, tmp_path, capsys, argv, says):
     (tmp_path / 'EMPTY').mkdir()
-    plant_run(tmp_path / 'OTHER', list('abcde'), None)
+    plant_run(tmp_path / 'OTHER', list('abcde'), None, distill='none')
     shutil.copytree(planted, tmp_path / 'DAMAGED')
     (tmp_path / 'DAMAGED' / 'predictions.parquet').write_bytes(b'x')
     shutil.copytree(planted, tmp_path / 'SAME')

@@ -35,8 +35,8 @@ def baseline_of(run: Path) -> Path | None:
     """Return the run without distillation of the comparison or search that a run is part of, of the same seed; None
     where there is none."""
     if (run.parents[1] / 'search.json').exists() and run.parent.name == 'final':  # of `timm-rld tune`
-        role, _, seed = run.name.rpartition('-seed')
-        none = run.with_name(f'none-seed{seed}')
+        role, _, of_seed = run.name.rpartition('-seed')
+        none = run.with_name(f'none-seed{of_seed}')
         return none if role not in ('', 'none') and (none / 'results.json').exists() else None
     found = read_comparison(run.parent)
     runs = found['runs'] if found else []
