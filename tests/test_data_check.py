@@ -345,9 +345,9 @@ def test_without_jinja2_the_page_is_refused_before_the_work(photos, tmp_path, mo
     [
         (['{tmp}/none'], 1, '--data-dir {tmp}/none: no such folder'),
         (['{tmp}/empty'], 1, '--data-dir {tmp}/empty'),
-        (['{photos}', '--report', '{tmp}/none/page.html'], 1, '--report {tmp}/none/page.html: {tmp}/none is no folder'),
-        (['{photos}', '--report', '{tmp}/empty'], 1, '--report {tmp}/empty: a folder; name a file in it'),
-        (['{photos}', '--write-skip-list', '{tmp}/none/x'], 1, '--write-skip-list {tmp}/none/x: {tmp}/none is no'),
+        (['{photos}', '--report', '{tmp}/none/page.html'], 1, 'there is no folder {tmp}/none'),
+        (['{photos}', '--report', '{tmp}/empty'], 1, '--report {tmp}/empty: is a folder; name a file in it'),
+        (['{photos}', '--write-skip-list', '{tmp}/none/x'], 1, 'there is no folder {tmp}/none'),
         (['{photos}', '--data-dir', '{photos}'], 2, '--data-dir {photos}: the folder is named already'),
         (['{photos}', '--img-size', '0'], 2, '--img-size: must be greater than 0'),
         (['{photos}', '--teacher', 'resnet18'], 2, 'unrecognized arguments: --teacher resnet18'),

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -456,6 +457,42 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_left_half_written(places
     )
     assert {p: p.stat().st_mtime_ns for p in Path(places['T']).rglob('*')} == before
     assert all(line.startswith('Validation split: ') for line in out.splitlines())
+
+
+def test_images_of_a_folder_are_of_all_types_that_a_training_reads(tmp_path):
+    from timm_rld.inference.predict import find_images
+
+    for name in ('a.webp', 'b.GIF', 'c.tif', 'd.txt', '.e.png', '__MACOSX/f.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [Path(file).name for file in find_images([str(tmp_path)])] == ['a.webp', 'b.GIF', 'c.tif']
+
+
+def test_a_link_to_the_folder_that_it_lies_in_gives_no_image_twice(tmp_path):
+    from timm_rld.inference.predict import find_images
+
+    (tmp_path / 'a' / 'b').mkdir(parents=True)
+    (tmp_path / 'a' / 'x.png').touch()
+    (tmp_path / 'a' / 'b' / 'up').symlink_to('..')
+    (tmp_path / 'c').symlink_to('a')  # another way to the same images is asked for
+    found = [str(Path(file).relative_to(tmp_path)) for file in find_images([str(tmp_path)])]
+    assert found == ['a/x.png', 'c/x.png']
+
+
+def test_parquet_has_its_columns_where_no_image_could_be_read(run, tmp_path, capsys):
+    (tmp_path / 'broken.png').write_bytes(b'x')
+    output = tmp_path / 'found.parquet'
+    assert tools(['predict', str(run), str(tmp_path / 'broken.png'), '--top-k', '1', '--output', str(output)]) == 1
+    assert pq.read_table(output).column_names == ['file', 'class_1', 'prob_1']
+
+
+def test_a_run_that_was_validated_on_a_share_of_the_training_split_is_evaluated_on_it(run, tmp_path):
+    settings = yaml.safe_load((run / 'args.yaml').read_text())
+    shutil.copytree(run, tmp_path / 'run')
+    (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump({**settings, 'tune_holdout': 0.25, 'val_split': None}))
+    own = evaluation([str(tmp_path / 'run')], tmp_path / 'a')
+    assert (own['val_split'], own['images']) == ('train, the share held out', 11)
+    assert evaluation([str(tmp_path / 'run'), '--val-split', 'validation'], tmp_path / 'b')['images'] == 20
 
 
 def test_predict_refuses_several_processes(run, folder, monkeypatch, capsys):

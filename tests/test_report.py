@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.report import plant_predictions, plant_run
+from timm_rld import metrics
 from timm_rld.__main__ import main
 from timm_rld.config import parse_args
 from timm_rld.data import open_splits
@@ -239,13 +240,13 @@ def test_a_late_rise_compares_the_last_epochs_with_those_before():
 
 
 def test_an_interval_over_seeds_is_students():
-    mean, half = figures.mean_interval([1.0, 2.0, 3.0])
+    mean, half = metrics.mean_interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5)
-    assert figures.mean_interval([1.0]) == (1.0, None)
-    for degrees, t in ((9, 2.262), (11, 2.201), (19, 2.093), (29, 2.045)):
+    assert metrics.mean_interval([1.0]) == (1.0, None)
+    for degrees, t in ((9, 2.262), (11, 2.201), (19, 2.093), (29, 2.045), (31, 2.040), (60, 2.0003)):
         values = list(np.linspace(0, 1, degrees + 1))
         expected = t * np.std(values, ddof=1) / (degrees + 1) ** 0.5
-        assert figures.mean_interval(values)[1] == pytest.approx(expected, rel=0.02)
+        assert metrics.mean_interval(values)[1] == pytest.approx(expected, rel=0.001)
 
 
 def test_the_table_of_classes_says_what_the_predictions_say(planted):
@@ -300,7 +301,8 @@ CASES = {
     ('calibration', 'teacher too doubtful'): {**OF_LABELS, 'teacher_best_temperature': 0.6},
     ('calibration', 'student too doubtful'): {**OF_LABELS, 'student_ece': 6.0, 'student_bias': -5.0},
     ('calibration', 'student off'): {**OF_LABELS, 'student_ece': 6.0},
-    ('calibration', 'fine'): OF_LABELS,
+    ('calibration', 'fine'): {**OF_LABELS, 'use': 'U'},
+    ('calibration', 'fine, no folder'): OF_LABELS,
     ('images', 'normalisation'): dict(worst_mean=1.4, worst_std=1.0, data_mean='0.1', data_std='0.2'),
     ('images', 'too strong'): dict(worst_mean=0.4, worst_std=1.0, teacher_wrong_seen=60.0),
     ('images', 'plain'): dict(worst_mean=0.4, worst_std=1.0, no_aug=True),
@@ -350,7 +352,7 @@ def test_the_commands_of_a_report_can_be_run(planted):
     from timm_rld.report.run_page import Report, base_facts
 
     run = read_run(planted)
-    facts = base_facts(Report(run, open_images(run), None, None, [], 'report'))
+    facts = base_facts(Report(run, open_images(run), None, None, [], planted / 'report.html'))
     facts.update(options_with_temperature='temperature=6', new_temperature=6.0, data_mean='0.1 0.2 0.3',
                  data_std='0.1 0.2 0.3')  # fmt: skip
     checked = set()
@@ -360,7 +362,7 @@ def test_the_commands_of_a_report_can_be_run(planted):
         words = shlex.split(rule.command.format(**facts))
         if words[:3] == ['accelerate', 'launch', 'train_distill.py']:
             config = parse_args(words[3:])
-            if '--experiment' in words and '--no-aug' not in rule.name and rule.name != 'plain':
+            if '--experiment' in words and rule.name not in ('plain', 'again'):
                 assert config.experiment != 'run' and config.teacher == f'local-dir:{planted / "teacher"}', rule.name
         checked.add(words[0])
     assert {'accelerate', 'timm-rld', 'head'} <= checked
@@ -491,7 +493,7 @@ def test_a_baseline_is_held_against_the_run_on_the_same_images(planted, folder, 
     runs = {}
     for name, share in (('good', 0.9), ('bad', 0.4), ('same', 0.9)):
         columns = plant_predictions(target, 3, files, {'student': share}, seed=name == 'same')
-        runs[name] = plant_run(tmp_path / name, names, columns, data_dir=str(folder))
+        runs[name] = plant_run(tmp_path / name, names, columns, data_dir=str(folder), distill='none')
     a, b = (figures.read_predictions(runs[k] / 'predictions.parquet').student.right for k in ('good', 'bad'))
     html = block(page_of(runs['good'], baseline=runs['bad']), 'verdict')
     assert 'gained' in html and f'{100 * (a.mean() - b.mean()):+.2f}' in html
@@ -504,7 +506,7 @@ def plant_comparison(root: Path, top1: dict[str, list[float]]) -> Path:
     from timm_rld.compare import summarize
 
     rows = [
-        dict(criterion=name, seed=seed, top1=value, top1_best=value, teacher_top1=80.0, agreement=70.0,
+        dict(criterion=name, seed=seed, top1=value, top1_best=value, macro=57.12, teacher_top1=80.0, agreement=70.0,
              images_per_second=100.0, run=f'{name}-seed{seed}')
         for name, values in top1.items() for seed, value in enumerate(values)
     ]  # fmt: skip
@@ -523,6 +525,7 @@ def test_a_comparison_has_its_table_its_seeds_and_its_differences(tmp_path):
     )
     html = page_of(root)
     Elements(html)
+    assert 'macro accuracy' in html and '57.12' in html
     assert 'better than kd' in block(html, 'results') and '+3.03' in html and html.count('<svg') == 2
     assert '<script>' not in html.replace("<script>'use strict'", '') and '&lt;b&gt;' in html
     assert '+1.00, +1.20, +0.80' in block(html, 'differences')
@@ -547,9 +550,52 @@ def test_the_run_of_a_comparison_is_held_against_its_none(planted, folder, tmp_p
     target, files = labels(folder)
     for name, share in (('none-seed1', 0.5), ('rld-seed1', 0.8)):
         columns = plant_predictions(target, 3, files, {'student': share})
-        plant_run(root / name, ['apple', 'pear', 'plum'], columns, data_dir=str(folder))
+        distill = name.partition('-')[0]
+        plant_run(root / name, ['apple', 'pear', 'plum'], columns, data_dir=str(folder), distill=distill)
     assert 'student − without distillation' in page_of(root / 'rld-seed1')
     assert 'student − without distillation' not in page_of(root / 'none-seed1')
+    (root / 'none-seed1' / 'results.json').unlink()  # nobody has named it
+    assert 'student − without distillation' not in page_of(root / 'rld-seed1')
+
+
+def test_a_final_run_of_a_search_is_held_against_its_none_and_the_search_names_its_runs(folder, tmp_path, capsys):
+    target, files = labels(folder)
+    for name, distill in (('none-seed1', 'none'), ('winner-seed1', 'kd')):
+        columns = plant_predictions(target, 3, files, {'student': 0.7})
+        plant_run(tmp_path / 'final' / name, ['apple', 'pear', 'plum'], columns, data_dir=str(folder), distill=distill)
+    for name in ('search.json', 'tune.json'):
+        (tmp_path / name).write_text('{}')
+    assert 'student − without distillation' in page_of(tmp_path / 'final' / 'winner-seed1')
+    assert 'student − without distillation' not in page_of(tmp_path / 'final' / 'none-seed1')
+    assert main(['report', str(tmp_path)]) == 1
+    assert 'is a search, whose tables are in tune.md' in capsys.readouterr().err
+
+
+def test_the_best_epochs_lead_is_that_of_the_epoch_that_was_chosen(planted):
+    results = json.loads((planted / 'results.json').read_text())
+    (planted / 'results.json').write_text(json.dumps({**results, 'best_epoch': 3}))  # by the loss, say
+    assert 'points better than the last one' not in block(page_of(planted), 'curves')
+
+
+def test_a_command_that_trains_again_has_a_folder_and_a_teacher_cache_of_its_own(folder, tmp_path):
+    run = plant_run(tmp_path / 'run', list('abc'), None, data_dir=str(folder), teacher_cache=str(tmp_path / 'cache'))
+    html = page_of(run)
+    for key, name in (('verdict', 'run-none'), ('settings', 'run-again')):
+        command = re.sub('<[^>]+>', '', re.findall(r'<pre class="command">(.*?)</pre>', block(html, key))[-1])
+        config = parse_args(shlex.split(command)[3:])
+        assert (config.experiment, config.teacher_cache) == (name, str(tmp_path / f'cache-{name}'))
+
+
+def test_what_is_offered_after_a_run_without_a_teacher_needs_none(folder, tmp_path):
+    from timm_rld.report.run_page import Report, base_facts
+
+    run = read_run(plant_run(tmp_path / 'run', ['a', 'b', 'c'], None, data_dir=str(folder), teacher=None,
+                             distill='none', models=False))  # fmt: skip
+    command = base_facts(Report(run, open_images(run), None, None, [], tmp_path / 'elsewhere' / 'page.html'))
+    config = parse_args(shlex.split(command['compare'])[3:])
+    assert (config.teacher, config.distill, config.seed, config.experiment) == (None, 'none', 43, 'run-seed43')
+    assert command['suspects_file'] == str(tmp_path / 'elsewhere' / 'page-suspects.csv')
+    assert command['use'] == f'timm-rld predict {run.folder} {folder}'
 
 
 @pytest.mark.parametrize(
@@ -560,6 +606,8 @@ def test_the_run_of_a_comparison_is_held_against_its_none(planted, folder, tmp_p
         (['RUN', '--baseline', 'EMPTY'], 'not the folder of a finished run'),
         (['RUN', '--baseline', 'OTHER'], 'has 5 classes'),
         (['RUN', '--output', 'EMPTY'], 'is a folder'),
+        (['RUN', '--baseline', 'SAME'], 'was trained with --distill rld; name a run with --distill none'),
+        (['RUN', '--baseline', 'ELSEWHERE'], 'was evaluated on other images'),
         (['RUN', '--output', 'NOWHERE/x.html'], 'cannot be written'),
         (['DAMAGED'], 'not a file of predictions'),
         (['COMPARISON', '--baseline', 'RUN'], 'is a comparison'),
@@ -567,9 +615,12 @@ def test_the_run_of_a_comparison_is_held_against_its_none(planted, folder, tmp_p
 )
 def test_what_cannot_be_reported_is_said_in_a_line_and_nothing_is_left(planted, tmp_path, capsys, argv, says):
     (tmp_path / 'EMPTY').mkdir()
-    plant_run(tmp_path / 'OTHER', list('abcde'), None)
+    plant_run(tmp_path / 'OTHER', list('abcde'), None, distill='none')
     shutil.copytree(planted, tmp_path / 'DAMAGED')
     (tmp_path / 'DAMAGED' / 'predictions.parquet').write_bytes(b'x')
+    shutil.copytree(planted, tmp_path / 'SAME')
+    columns = plant_predictions(np.arange(20) % 2, 3, [''] * 20, {'student': 0.6})
+    plant_run(tmp_path / 'ELSEWHERE', list('abc'), columns, distill='none')
     plant_comparison(tmp_path / 'COMPARISON', {'none': [1.0], 'rld': [2.0]})
     planted.rename(tmp_path / 'RUN')
     before = sorted(str(p) for p in tmp_path.rglob('*'))

@@ -14,7 +14,7 @@ from conftest import draw
 
 from timm_rld import runs
 from timm_rld.__main__ import main as tools
-from timm_rld.config import parse_args, resolve
+from timm_rld.config import parse_args, resolve, to_yaml
 from timm_rld.data import Source, open_split, open_splits, stratified_holdout
 from timm_rld.data.overlap import overlap
 from timm_rld.errors import UsageError, UserError
@@ -228,10 +228,13 @@ def test_the_part_held_out_is_chosen_over_the_split_that_a_file_names(tmp_path):
         resolve(parse_args(['--config', str(file), '--val-seed', '1']))
 
 
-def test_all_runs_of_a_comparison_hold_the_same_images_out():
+def test_all_runs_of_a_comparison_hold_the_same_images_out(tmp_path):
     flags = ['--teacher', 'a', '--student', 'b', '--val-fraction', '0.1']
     assert runs.same_held_out(parse_args(flags)) == ['--val-seed', '42']
     assert runs.same_held_out(parse_args([*flags, '--val-seed', '3'])) == []
+    file = tmp_path / 'args.yaml'  # of a run, whose teacher has not seen these images
+    file.write_text(to_yaml(resolve(parse_args([*flags, '--seed', '5']))))
+    assert runs.same_held_out(parse_args(['--config', str(file)])) == ['--val-seed', '5']
     assert runs.same_held_out(parse_args(flags[:4])) == []
 
 

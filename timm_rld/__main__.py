@@ -21,7 +21,7 @@ from .config import (
     resolve,
     taken_by,
 )
-from .errors import UsageError, UserError, run_main, writing
+from .errors import UsageError, UserError, check_file, run_main, writing
 from .files import write_atomic
 
 # prefixes of the names that --dataset takes; anything else is a folder
@@ -51,9 +51,9 @@ def check_data(args: argparse.Namespace) -> None:
     from .report import data_page
 
     if args.write_skip_list:
-        writable('--write-skip-list', args.write_skip_list)
+        check_file('--write-skip-list', args.write_skip_list)
     if args.report:
-        writable('--report', args.report)
+        check_file('--report', args.report)
         data_page.check_installed()
     config = resolve(Config(**given_settings(args, data_settings()), **dataset_of(args)))
     splits = open_splits(log=print, **config.arguments_of('open_splits'))
@@ -85,17 +85,6 @@ def dataset_of(args: argparse.Namespace) -> dict[str, Any]:
     if 'data_dir' in args:
         raise UsageError(f'--data-dir {args.data_dir}: the folder is named already, {args.target}; give one of the two')
     return {'data_dir': args.target}
-
-
-def writable(flag: str, path: str) -> None:
-    """Raise UserError where a file could not be written, before the work that it is to hold."""
-    folder = os.path.dirname(path) or '.'
-    if os.path.isdir(path):
-        raise UserError(f'{flag} {path}: a folder; name a file in it')
-    if not os.path.isdir(folder):
-        raise UserError(f'{flag} {path}: {folder} is no folder')
-    if not os.access(folder, os.W_OK):
-        raise UserError(f'{flag} {path}: {folder} cannot be written to (no permission)')
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -80,6 +80,18 @@ def writing(what: object, then: str = '') -> Iterator[None]:
         raise WriteError(f'{what} cannot be written ({e.strerror or e}); {fix}{then}') from e
 
 
+def check_file(flag: str, path: str | os.PathLike[str]) -> None:
+    """Raise UserError where a file could not be written, before the work that it is to hold."""
+    path = os.path.expanduser(path)
+    folder = os.path.dirname(path) or '.'
+    if os.path.isdir(path):
+        raise UserError(f'{flag} {path}: is a folder; name a file in it')
+    if not os.path.isdir(folder):
+        raise UserError(f'{flag} {path}: cannot be written (there is no folder {folder}); name a file in another one')
+    if not os.access(folder, os.W_OK):
+        raise UserError(f'{flag} {path}: cannot be written (Permission denied); name a file in another folder')
+
+
 def _ignore_further_workers() -> None:
     """torch raises an error at any point for each loader worker that dies; ignore those after the first."""
     while True:

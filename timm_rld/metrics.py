@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,26 @@ def wilson(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
     scale = 1 + z * z / n
     low, high = (middle - half) / scale, (middle + half) / scale
     return (0.0 if correct == 0 else low), (1.0 if correct == n else high)
+
+
+# 97.5% quantiles of Student's t for 1, 2, … degrees of freedom
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of some values, one a run, and half the width of its 95% interval (Student's t); None for one."""
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return mean, None
+    degrees, z = n - 1, Z95
+    if degrees <= len(_T):
+        t = _T[degrees - 1]
+    else:  # the first terms of the quantile's series in 1 / degrees
+        t = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    return mean, t * statistics.stdev(values) / math.sqrt(n)
 
 
 def mcnemar_interval(a_correct: ArrayLike, b_correct: ArrayLike, z: float = Z95) -> tuple[float, float, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import shlex
@@ -23,12 +22,7 @@ from .config import FIELDS, Config, flag_of, load_yaml, marked, parse_args, reso
 from .errors import Stopped, UsageError, UserError, writing
 from .files import LockedError, lock, write_atomic
 from .loss import choose_criterion
-
-# 97.5% quantiles of Student's t for 1, 2, … degrees of freedom
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+from .metrics import mean_interval
 
 
 @dataclass(frozen=True)
@@ -83,9 +77,7 @@ def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
 def paired_difference(differences: Sequence[float]) -> tuple[float | None, float | None]:
     """Return the mean of some differences, one a seed, and half the width of its 95% interval (Student's t); None where
     there are too few."""
-    mean, std = mean_std(differences)
-    n = len(differences)
-    return mean, None if std is None else (_T[n - 2] if n - 2 < len(_T) else 1.96) * std / math.sqrt(n)
+    return mean_interval(differences) if differences else (None, None)
 
 
 def check_flags(seeds: Sequence[int], flags: Sequence[str], verb: str) -> Config:
@@ -121,8 +113,9 @@ def check_unique(what: str, values: Sequence[Any]) -> None:
 
 def same_held_out(config: Config) -> list[str]:
     """Return flags that hold the same images out in all runs: the teacher, which is trained once, must not have seen
-    them."""
-    return ['--val-seed', str(config.seed)] if config.val_fraction is not None and config.val_seed is None else []
+    them. Of a run's args.yaml they are those of that run."""
+    derived = config.val_seed is None or 'val_seed' in config.origin.derived  # and would follow each run's --seed
+    return ['--val-seed', str(resolve(config).val_seed)] if config.val_fraction is not None and derived else []
 
 
 def claim(output: Path, config: Config, what: str) -> None:

@@ -78,7 +78,7 @@ def train_teacher(
     task = DistillationTask(model, None, None, smoothing=config.smoothing, normalize=teacher.normalize)
     log_file = folder / 'teacher.csv'
     settings = config.of_teacher()
-    accelerator.print(f'training the teacher {config.teacher} first, for {settings.epochs} epochs (--teacher-epochs)')
+    accelerator.print(f'training the teacher {config.teacher} first, for {settings.epochs} epoch(s) (--teacher-epochs)')
     fit(
         task, train_loader, val_loader, accelerator, settings, log_file=log_file, checkpoints=checkpoints,
         phase='teacher',

@@ -115,7 +115,7 @@ def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, 
     if 'dataset' in given or ('data_dir' in given and (base.dataset or '').startswith(('hfds/', 'hfids/'))):
         base = dataclasses.replace(base, **Config().pick(*of_data))
     elif given.keys() & {'labels', 'val_split'}:  # not the part of the training split that the run held out
-        base = dataclasses.replace(base, val_fraction=None, val_seed=None)
+        base = dataclasses.replace(base, val_fraction=None, val_seed=None, tune_holdout=None, train_on_holdout=False)
     if run is None or teacher != run.teacher:
         base = dataclasses.replace(base, **Config().pick(*taken_by('create_teacher')))
     elif opened.run is not None and (opened.run / 'teacher' / 'config.json').is_file():
@@ -130,7 +130,7 @@ def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, 
 
 
 def _open_split(config: Config, log: Callable[[str], object]) -> Source:
-    if config.val_fraction is not None:
+    if config.val_fraction is not None or config.tune_holdout is not None:
         return open_splits(**config.arguments_of('open_splits'))[1]
     return open_validation(log=log, **config.arguments_of('open_validation'))  # it need not have a training split
 

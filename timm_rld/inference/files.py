@@ -100,13 +100,18 @@ def csv_of(rows: Rows) -> str:
     return text.getvalue()
 
 
-def parquet_rows(rows: Rows) -> bytes:
-    """Return rows as Parquet."""
+def parquet_rows(rows: Rows, columns: Sequence[str] = ()) -> bytes:
+    """Return rows as Parquet.
+
+    Args:
+        columns: their names, for a file that has them without a row too.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     data = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), data, compression='zstd')
+    table = pa.Table.from_pylist(rows) if rows else pa.table({name: pa.array([], pa.null()) for name in columns})
+    pq.write_table(table, data, compression='zstd')
     return data.getvalue()
 
 

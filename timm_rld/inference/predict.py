@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..data import Loader, Source, eval_transform
+from ..data.folders import IMAGE_TYPES, is_junk
 from ..distributed import create_accelerator
 from ..engine import wants_channels_last
-from ..errors import SampleError, UsageError, UserError, writing
+from ..errors import SampleError, UsageError, UserError, check_file, writing
 from ..files import cores, write_atomic
 from ..pairing import to_memory_format
 from .files import csv_of, parquet_rows
@@ -35,9 +36,7 @@ def find_images(paths: Iterable[str]) -> list[str]:
     Raises:
         UserError: for a path that is not there, and a folder without images.
     """
-    from timm.data.readers.img_extensions import get_img_extensions
-
-    kinds, found = get_img_extensions(as_set=True), []
+    found: list[str] = []
     for path in paths:
         path = os.path.expanduser(path)
         if not os.path.isdir(path):
@@ -45,15 +44,22 @@ def find_images(paths: Iterable[str]) -> list[str]:
                 raise UserError(f'{path}: no such file or folder')
             found.append(path)
             continue
-        inside = []
+        inside: list[str] = []
         for folder, folders, names in os.walk(path, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith('.'))
-            images = (name for name in names if os.path.splitext(name)[1].lower() in kinds and name[0] != '.')
+            folders[:] = sorted(name for name in folders if not is_junk(name) and not _leads_back(folder, name))
+            images = (n for n in names if os.path.splitext(n)[1].lower() in IMAGE_TYPES and not is_junk(n))
             inside += [os.path.join(folder, name) for name in images]
         if not inside:
-            raise UserError(f'{path}: no images in this folder or below it (expected {", ".join(sorted(kinds))})')
+            raise UserError(f'{path}: no images in this folder or below it (expected {", ".join(IMAGE_TYPES)})')
         found += sorted(inside, key=lambda name: name.split(os.sep))
     return found
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    """Return whether a folder is a link to one that it lies in, whose images would come again and again."""
+    path = os.path.join(folder, name)
+    target = os.path.realpath(path)
+    return os.path.islink(path) and f'{os.path.realpath(folder)}{os.sep}'.startswith(target.rstrip(os.sep) + os.sep)
 
 
 class _Files:
@@ -140,7 +146,7 @@ def predict_files(
         raise UsageError('--device cuda: torch finds no GPU; use cpu')
     file = None if output is None else Path(output).expanduser()
     if file is not None:
-        _check_output(file)
+        check_file('--output', file)
     files = find_images(paths)
     opened = open_model(name, weights)
     source = ImageFiles.of(files, opened.data_config['input_size'][0])
@@ -161,15 +167,6 @@ def predict_files(
         _write(rows, format, file, min(top_k, len(opened.class_names)))
     if broken:
         raise UserError(f'{len(broken):,} of {len(files):,} images could not be read; the others are written')
-
-
-def _check_output(file: Path) -> None:
-    folder = file.absolute().parent
-    if not folder.is_dir() or file.is_dir():
-        why = 'is a folder' if file.is_dir() else f'there is no folder {folder}'
-        raise UserError(f'--output {file}: {why}; name a file')
-    if not os.access(folder, os.W_OK):
-        raise UserError(f'--output {file}: cannot be written (Permission denied)')
 
 
 @torch.inference_mode()
@@ -244,7 +241,7 @@ def _write(rows: list[Row], format: str, file: Path | None, top_k: int) -> None:
     elif format == 'csv':
         data = csv_of(rows) if rows else ','.join(_columns(top_k)) + '\n'
     else:
-        data = parquet_rows([{k: _text(v) for k, v in row.items()} for row in rows])
+        data = parquet_rows([{k: _text(v) for k, v in row.items()} for row in rows], _columns(top_k))
     if file is None:
         print(data)
         return

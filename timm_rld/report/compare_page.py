@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from .. import metrics
 from ..errors import UserError
 from . import figures, plots
 from .page import Cell, Table, render
@@ -31,8 +32,12 @@ def read_comparison(folder: Path) -> dict[str, Any] | None:
 
 
 def baseline_of(run: Path) -> Path | None:
-    """Return the run without distillation of the comparison that a run is part of, of the same seed; None where there
-    is none."""
+    """Return the run without distillation of the comparison or search that a run is part of, of the same seed; None
+    where there is none."""
+    if (run.parents[1] / 'search.json').exists() and run.parent.name == 'final':  # of `timm-rld tune`
+        role, _, of_seed = run.name.rpartition('-seed')
+        none = run.with_name(f'none-seed{of_seed}')
+        return none if role not in ('', 'none') and (none / 'results.json').exists() else None
     found = read_comparison(run.parent)
     runs = found['runs'] if found else []
     seed = next((row['seed'] for row in runs if row['run'] == run.name and row['criterion'] != 'none'), None)
@@ -65,8 +70,8 @@ def comparison_facts(
               if n != reference} if reference else {}  # fmt: skip
     others = {n: values for n, values in others.items() if len(values) > 1}
     if others:
-        second = min(others, key=lambda n: figures.mean_interval(others[n])[0])
-        gain, half = figures.mean_interval(others[second])
+        second = min(others, key=lambda n: metrics.mean_interval(others[n])[0])
+        gain, half = metrics.mean_interval(others[second])
         facts.update(reference=reference, second=second, gain=gain, gain_half=half)
     return facts
 
@@ -86,7 +91,8 @@ def _commands(
 def _table(found: dict[str, Any], reference: str | None) -> Table:
     """The table of compare.md."""
     several = len(found['seeds']) > 1
-    columns = ['criterion', 'top-1, last epoch#', 'best epoch#', 'gain over none#', f'{reference or "rld"} minus this#',
+    columns = ['criterion', 'top-1, last epoch#', 'best epoch#', 'macro accuracy#', 'gain over none#',
+               f'{reference or "rld"} minus this#',
                'agreement#', 'images/s#', 'seeds#']  # fmt: skip
 
     def cell(value: float | None, shown: str = '.2f', spread: float | None = None) -> Cell | str:
@@ -97,11 +103,11 @@ def _table(found: dict[str, Any], reference: str | None) -> Table:
     rows: list[list[Any]] = []
     for e in found['criteria']:
         if not e['seeds']:
-            rows.append([e['criterion'], 'failed', '', '', '', '', '', 0])
+            rows.append([e['criterion'], 'failed', '', '', '', '', '', '', 0])
             continue
         rows.append([
             e['criterion'], cell(e['top1'], spread=e['top1_std']), cell(e['top1_best'], spread=e['top1_best_std']),
-            cell(e['gain_over_none'], '+.2f'), cell(e['rld_minus_this'], '+.2f', e['interval']),
+            cell(e.get('macro')), cell(e['gain_over_none'], '+.2f'), cell(e['rld_minus_this'], '+.2f', e['interval']),
             cell(e['agreement'], '.1f'), cell(e['images_per_second'], ',.0f'), e['seeds'],
         ])  # fmt: skip
     note = '± is the deviation over seeds; of differences, half the 95% interval' if several else 'One seed'
@@ -110,7 +116,7 @@ def _table(found: dict[str, Any], reference: str | None) -> Table:
 
 def _top1_plot(by_name: dict[str, dict[int, Any]], names: list[str]) -> Any:
     groups = [(name, [row['top1'] for row in by_name[name].values()]) for name in names]
-    return plots.seeds('Top-1 of the last epoch', '%', groups, [figures.mean_interval(v) for _, v in groups])
+    return plots.seeds('Top-1 of the last epoch', '%', groups, [metrics.mean_interval(v) for _, v in groups])
 
 
 def _differences(by_name: dict[str, dict[int, Any]], names: list[str], reference: str | None) -> dict[str, Any] | None:
@@ -122,7 +128,7 @@ def _differences(by_name: dict[str, dict[int, Any]], names: list[str], reference
     groups = [(name, values) for name, values in groups if values]
     if not groups:
         return None
-    intervals = [figures.mean_interval(values) for _, values in groups]
+    intervals = [metrics.mean_interval(values) for _, values in groups]
     rows = [
         [f'{reference} {name}', Cell(f'{mean:+.2f}', mean), '' if half is None else f'{mean - half:+.2f} to '
          f'{mean + half:+.2f}', ', '.join(f'{v:+.2f}' for v in values)]
@@ -136,8 +142,18 @@ def _differences(by_name: dict[str, dict[int, Any]], names: list[str], reference
 
 
 def _runs_table(runs: list[dict[str, Any]]) -> Table:
-    columns = ['criterion', 'seed#', 'top-1#', 'best epoch#', 'teacher#', 'agreement#', 'images/s#', 'folder']
-    keys = ('top1', 'top1_best', 'teacher_top1', 'agreement', 'images_per_second')
+    columns = [
+        'criterion',
+        'seed#',
+        'top-1#',
+        'best epoch#',
+        'macro accuracy#',
+        'teacher#',
+        'agreement#',
+        'images/s#',
+        'folder',
+    ]
+    keys = ('top1', 'top1_best', 'macro', 'teacher_top1', 'agreement', 'images_per_second')
     return Table(columns, [
         [r['criterion'], r['seed'], *('' if r.get(k) is None else f'{r[k]:.2f}' for k in keys), r['run']] for r in runs
     ])  # fmt: skip

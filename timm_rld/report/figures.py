@@ -112,17 +112,6 @@ def paired_difference(a: Array, b: Array) -> tuple[float, float, float]:
     return 100 * difference, 100 * low, 100 * high
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean of some runs, and half the width of its 95% interval (Student's t); None for a single run."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, None
-    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # for 1, 2, … degrees of freedom
-    degrees = len(values) - 1
-    factor = t[degrees - 1] if degrees <= len(t) else metrics.Z95 + 2.6 / degrees
-    return mean, factor * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-
-
 def paired_values(a: Mapping[int, Mapping[str, Any]], b: Mapping[int, Mapping[str, Any]]) -> list[float]:
     """Return a - b of top-1 on each seed that both have."""
     return [a[seed]['top1'] - b[seed]['top1'] for seed in a if seed in b]

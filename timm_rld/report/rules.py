@@ -175,7 +175,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         'classes', 'even', (), always, None,
-        'No class stands out: the student loses about as much on each.', '{compare}', 'good',
+        'No class stands out: other seeds would show whether that stays so.', '{compare}', 'good',
     ),
     # ---- 5 calibration
     Rule(
@@ -204,9 +204,14 @@ RULES: tuple[Rule, ...] = (
         'logits by its best temperature before using its probabilities.', 'timm-rld evaluate {run}',
     ),
     Rule(
-        'calibration', 'fine', (), always, None,
+        'calibration', 'fine', ('use',), always, None,
         "The student's probabilities can be taken as they are (calibration error {student_ece:.1f} points).",
-        'timm-rld predict {run} IMAGES', 'good',
+        '{use}', 'good',
+    ),
+    Rule(
+        'calibration', 'fine, no folder', (), always, None,
+        "The student's probabilities can be taken as they are (calibration error {student_ece:.1f} points).",
+        'timm-rld evaluate {run}', 'good',
     ),
     # ---- 6 what the networks saw
     Rule(
@@ -252,7 +257,7 @@ RULES: tuple[Rule, ...] = (
     # ---- 8 command and settings
     Rule(
         'settings', 'again', (), always, None,
-        'The same command on the same data gives this run again, bit for bit on the same machine and number of '
+        'The same settings on the same data give this run again, bit for bit on the same machine and number of '
         'processes.', '{again}',
     ),
     # ---- a comparison

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from . import figures, plots
 from .figures import Array, Predictions
 from .images import Images, class_counts, data_config, first_images, read_facts
 from .page import Cell, Picture, Table, render
-from .rules import finding
+from .rules import Finding, finding
 
 SHOWN = 8  # thumbnails of a group
 SUSPECTS = 24  # of them on the page; all are in the CSV
@@ -43,7 +44,7 @@ class Report:
         names: of the classes.
         facts: what the rules see.
         files: CSVs to be written beside the page, by their suffix.
-        stem: name of the page without `.html`, for the names of those files.
+        page: the page's file, from which those files have their names.
     """
 
     run: RunFiles
@@ -51,9 +52,14 @@ class Report:
     predictions: Predictions | None
     baseline: tuple[RunFiles, Predictions | None] | None
     names: list[str]
-    stem: str
+    page: Path
     facts: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def stem(self) -> str:
+        """Name of the page without `.html`."""
+        return self.page.stem
 
     @property
     def results(self) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def run_page(report: Report) -> str:
     ):  # fmt: skip
         block = make(report)
         if block.get('meaning') is None and not block.get('missing'):
-            block['meaning'] = finding(key, report.facts)
+            block['meaning'] = _with_own_cache(finding(key, report.facts), r.run.settings.get('teacher_cache'))
         blocks.append({'key': key, 'title': title, 'missing': '', 'missing_command': '', **block})
     about = [results.get('student'), results.get('teacher') and f'from {results["teacher"]}']
     return render(
@@ -93,12 +99,25 @@ def run_page(report: Report) -> str:
     )  # fmt: skip
 
 
+def _with_own_cache(found: Finding, cache: str | None) -> Finding:
+    """Return a finding whose command names a teacher cache of its own, where it trains again and the run had one: other
+    augmentation or epochs have other logits."""
+    words = shlex.split(found.command)
+    if not cache or words[:2] != ['accelerate', 'launch'] or '--experiment' not in words:
+        return found
+    own = f'{cache}-{words[words.index("--experiment") + 1]}'
+    return replace(found, command=f'{found.command} --teacher-cache {shlex.quote(own)}')
+
+
 def _about(r: Report) -> str:
     settings, results = r.run.settings, r.results
     data = settings.get('dataset') or settings.get('data_dir') or 'UCI handwritten digits'
+    split = settings['val_split']
+    if settings.get('val_fraction') is not None:
+        split = f'{settings.get("train_split")} ({100 * settings["val_fraction"]:g} % of it held out)'
     return (
-        f'{results["distill"]}, {results["epochs"]} epochs, seed {results["seed"]}; {data}, split '
-        f'{settings["val_split"]}, {results["num_classes"]:,} classes'
+        f'{results["distill"]}, {results["epochs"]} epoch(s), seed {results["seed"]}; {data}, split {split}, '
+        f'{results["num_classes"]:,} classes'
     )
 
 
@@ -119,8 +138,10 @@ def base_facts(r: Report) -> dict[str, Any]:
     temperature = options.get('temperature')
     words = shlex.split(results['command'])
     padding = settings.get('crop_padding') or 4
-    target = settings.get('dataset') or settings.get('data_dir') or 'DIR_OR_DATASET'
-    data = [target, *(x for n in ('data_dir', 'train_split', 'val_split') if settings.get(n) not in (None, target)
+    beside = os.path.dirname(settings.get('labels') or '') or '.'  # where the files of a table are sought
+    target = settings.get('dataset') or settings.get('data_dir') or beside
+    data = [target, *(x for n in ('data_dir', 'labels', 'train_split', 'val_split', 'val_fraction')
+                      if settings.get(n) not in (None, target)
                       for x in (flag_of(n), str(settings[n])))]  # fmt: skip
     measured = {'teacher': results.get('teacher'), 'student': results.get('student'),
                 'img_size': data_config(r.run)['input_size'][-1], 'batch_size': settings.get('batch_size')}  # fmt: skip
@@ -131,6 +152,13 @@ def base_facts(r: Report) -> dict[str, Any]:
         flags = ['--criteria', *criteria, '--seeds', '0', '1', '2', '--output', out, *both]
         return shlex.join(['timm-rld', 'compare', *flags])
 
+    def another_seed() -> str:
+        seed = results['seed'] + 1
+        held_out = settings.get('val_seed')
+        same = [] if held_out is None else ['--val-seed', str(held_out)]
+        return shlex.join([*train, '--seed', str(seed), *same, '--experiment', f'{run.name}-seed{seed}'])
+
+    images = settings.get('data_dir')
     own = results['distill'] if results['distill'] != 'none' else 'rld'
     return {
         'run': shlex.quote(str(run)), 'name': name, 'train': shlex.join(train),
@@ -140,10 +168,11 @@ def base_facts(r: Report) -> dict[str, Any]:
         'better_teacher': f'{shlex.join([*start, *config])} --teacher-epochs {2 * longer} --experiment {name}-taught'
         if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(results.get('teacher'))}'",
         'report_baseline': shlex.join(['timm-rld', 'report', 'RUN', '--baseline', str(run)]),
-        'compare': comparison('none', own), 'compare_kd': comparison('kd', 'rld'),
+        'compare': comparison('none', own) if results.get('teacher') else another_seed(),
+        'compare_kd': comparison('kd', 'rld'),
         'compare_dkd': comparison(own, 'dkd' if own != 'dkd' else 'rld'), 'twice_epochs': 2 * epochs,
         'teacher_family': _family(results.get('teacher')), 'student_family': _family(results.get('student')),
-        'again': shlex.join(['accelerate', 'launch', *words]),
+        'again': shlex.join([*start, *config, '--experiment', f'{run.name}-again']),
         'with_augmentation': shlex.join(['accelerate', 'launch', *(w for w in words if w != '--no-aug'),
                                          '--experiment', f'{run.name}-augmented']),
         'check_data': shlex.join(['timm-rld', 'data', *data]),
@@ -153,7 +182,8 @@ def base_facts(r: Report) -> dict[str, Any]:
         'gentler': f'--crop-padding {padding // 2}' if settings.get('train_crop_mode') == 'pad' else '--scale 0.35 1',
         'larger': 2 * data_config(r.run)['input_size'][-1], 'student_top1': results['student_top1'],
         'teacher_top1': results.get('teacher_top1'), 'best_epoch': results['best_epoch'],
-        'suspects_file': shlex.quote(str(run / f'{r.stem}-suspects.csv')),
+        'use': shlex.join(['timm-rld', 'predict', str(run), images]) if images and Path(images).is_dir() else None,
+        'suspects_file': shlex.quote(str(r.page.with_name(f'{r.stem}-suspects.csv'))),
     }  # fmt: skip
 
 
@@ -381,7 +411,7 @@ def curves(r: Report) -> dict[str, Any]:
     gap = last['eval_loss'] - last['train_task_loss'] if {'eval_loss', 'train_task_loss'} <= set(last) else None
     agreement = figures.column(h, 'eval_agreement')
     r.facts.update(
-        top1_rise=figures.late_rise(top1, 0.1), loss_gap=gap, best_lead=max(top1) - top1[-1],
+        top1_rise=figures.late_rise(top1, 0.1), loss_gap=gap, best_lead=top1[r.results['best_epoch'] - 1] - top1[-1],
         agreement=last.get('eval_agreement'), agreement_rise=figures.late_rise(agreement, 0.2),
     )  # fmt: skip
     return {'plots': drawn, 'diagnostics': diagnostics}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import UserError, writing
+import numpy as np
+
+from ..errors import UserError, check_file, writing
 from ..files import write_atomic
-from ..run_folder import read_run
+from ..run_folder import RunFiles, read_run
 from . import plots
 from .compare_page import baseline_of, compare_page, read_comparison
-from .figures import read_predictions
+from .figures import Predictions, read_predictions
 from .images import data_config, open_images
 from .page import require
 from .run_page import Report, run_page
@@ -43,8 +46,13 @@ def write_report(
     plots.require()
     folder = Path(folder).expanduser()
     page = Path(output).expanduser() if output is not None else folder / 'report.html'
-    if page.is_dir():
-        raise UserError(f'--output {page}: is a folder; name a file in it, as {page / "report.html"}')
+    if output is not None:
+        check_file('--output', page)
+    if (folder / 'tune.json').exists():
+        raise UserError(
+            f'{folder}: is a search, whose tables are in tune.md; name a run in it, e.g. '
+            f'{folder / "final" / "none-seed0"}'
+        )
     comparison = read_comparison(folder)
     if comparison is not None:
         for value, flag in ((baseline, '--baseline'), (data_dir, '--data-dir')):
@@ -60,26 +68,40 @@ def write_report(
     return list(files)
 
 
+def _read_baseline(run: RunFiles, folder: Path) -> tuple[RunFiles, Predictions | None]:
+    """Return a run without distillation, and its predictions.
+
+    Raises:
+        UserError: where it is none, or was evaluated on other images than ``run``.
+    """
+    found, what = read_run(folder), f'--baseline {folder}'
+    if found.results['distill'] != 'none':
+        raise UserError(
+            f'{what}: was trained with --distill {found.results["distill"]}; name a run with --distill none'
+        )
+    classes, of_run = found.results['num_classes'], run.results['num_classes']
+    if classes != of_run:
+        raise UserError(f'{what}: has {classes} classes, {run.folder} has {of_run}; name a run on the same data')
+    theirs, own = (read_predictions(r.folder / 'predictions.parquet') for r in (found, run))
+    if theirs and own and not (np.array_equal(theirs.index, own.index) and np.array_equal(theirs.target, own.target)):
+        raise UserError(f'{what}: was evaluated on other images than {run.folder}; name a run on the same data')
+    return found, theirs
+
+
 def _run_files(
     folder: Path, page: Path, baseline: str | Path | None, data_dir: str | None, log: Callable[[str], None]
 ) -> dict[Path, str]:
     run = read_run(folder)
-    other = Path(baseline).expanduser() if baseline is not None else baseline_of(folder.resolve())
-    of_baseline = None
-    if other is not None:
-        found = read_run(other)
-        if found.results['num_classes'] != run.results['num_classes']:
-            raise UserError(
-                f'--baseline {other}: has {found.results["num_classes"]} classes, {folder} has '
-                f'{run.results["num_classes"]}; name a run on the same data'
-            )
-        of_baseline = (found, read_predictions(other / 'predictions.parquet'))
+    of_baseline = _read_baseline(run, Path(baseline).expanduser()) if baseline is not None else None
+    if baseline is None and (other := baseline_of(folder.resolve())) is not None:
+        with contextlib.suppress(UserError):  # nobody has named it
+            of_baseline = _read_baseline(run, other)
     images = open_images(run, data_dir)
     if images.why:
         log(images.why)
     val_names = images.val.class_names if images.val is not None else None
     names = val_names or data_config(run).get('label_names') or []
     predictions = read_predictions(folder / 'predictions.parquet')
-    report = Report(run, images, predictions, of_baseline, [str(name) for name in names], page.stem)
+    report = Report(run, images, predictions, of_baseline, [str(name) for name in names], page)
     html = run_page(report)
     return {page: html, **{page.with_name(f'{page.stem}-{suffix}.csv'): text for suffix, text in report.files.items()}}
