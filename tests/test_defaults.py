@@ -10,6 +10,7 @@ import yaml
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
+from benchmarks import gradients
 from timm_rld.config import (
     FIELDS,
     Config,
@@ -278,3 +279,12 @@ def test_a_run_on_more_images_a_step_than_there_are_scales_its_learning_rate_to_
     args = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text(encoding='utf-8'))
     assert args['lr'] == pytest.approx(0.1 * 41 / 256) and args['derived_from'] == {'processes': 1, 'images': 41}
     assert SGD.lr_base == args['lr_base']
+
+
+def test_the_pull_of_a_criterion_beside_the_cross_entropy_falls_with_the_number_of_classes(capsys):
+    assert gradients.main(['--classes', '10', '100', '--criteria', 'rld', 'dkd']) == 0
+    table = [line.strip('| ').split(' | ') for line in capsys.readouterr().out.splitlines()[2:]]
+    (_, *few), (_, *many) = [[float(cell) for cell in row] for row in table]
+    # about as the root of the number of other classes, (99 / 9)^(1/2) = 3.3; the cross-entropy's own falls a little too
+    assert all(3 < a / b < 5 for a, b in zip(few, many))
+    assert gradients.main(['--criteria', 'none']) == 2 and gradients.main(['--classes', '1']) == 2

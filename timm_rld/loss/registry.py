@@ -322,7 +322,7 @@ def describe_criteria() -> str:
         lines.append(f'{row.name:<{width}}  {row.summary}')
         if row.cls is not None:
             options = ' '.join(f'{k}={v}' for k, v in row.options.items()) or 'none'
-            ramp = f', ramp {row.warmup_epochs} epochs' if row.warmup_epochs else ''
+            ramp = f', ramp {row.warmup_epochs} of {row.epochs} epochs' if row.warmup_epochs else ''
             lines.append(
                 f'{"":<{width}}  weights: task {row.task_weight:g}, distillation {row.distill_weight:g}{ramp}; '
                 f'options: {options}'
