@@ -267,7 +267,7 @@ BASE = dict(
     run='RUN', name='run', train='TRAIN', train_none='NONE', report_baseline='B', compare='C', compare_kd='CK',
     compare_dkd='CD', twice_epochs=20, teacher_family='*resnet*', student_family='*resnet*', again='A',
     with_augmentation='WA', check_data='D', bench='BENCH', half_weight=0.5, gentler='--crop-padding 2', larger=64,
-    better_teacher='BT',
+    better_teacher='BT', epochs=10, chance=10.0, teacher_low=80.0, median_count=100,
     student_top1=90.0, teacher_top1=92.0, best_epoch=7, suspects_file='S', images=1000, no_aug=False, behind=2.0,
 )  # fmt: skip
 OF_ANSWERS = dict(suspects=2, suspects_share=0.2, wrong=100, only_teacher=30, only_student=10, neither=60)
@@ -275,11 +275,17 @@ OF_LABELS = dict(teacher_best_temperature=1.0, temperature=4.0, options_with_tem
                  new_temperature=6.0, student_ece=2.0, student_bias=1.0, smoothing=0.1)  # fmt: skip
 GAIN = dict(gain=1.0, gain_low=0.2, gain_high=1.8)
 CASES = {
+    ('verdict', 'teacher at chance'): dict(teacher_low=8.0),
+    ('verdict', 'few images'): dict(images=20),
+    ('curves', 'few epochs'): dict(epochs=2),
+    ('classes', 'few images'): dict(median_count=2),
+    ('calibration', 'few images'): dict(images=20),
+    ('calibration', 'teacher says nothing'): dict(teacher_best_temperature=100.0),
     ('verdict', 'gain'): GAIN,
     ('verdict', 'loss'): dict(gain=-1.0, gain_low=-1.8, gain_high=-0.2),
     ('verdict', 'chance'): dict(gain=0.3, gain_low=-0.2, gain_high=0.8),
     ('verdict', 'ahead'): dict(ahead=2.0, ahead_low=0.5, ahead_high=3.5, behind_low=-3.5, behind_high=-0.5),
-    ('verdict', 'as good'): dict(behind_low=-0.5, behind_high=4.5),
+    ('verdict', 'as good'): dict(behind_low=-0.5, behind_high=4.5, ahead=-2.0, ahead_low=-4.5, ahead_high=0.5),
     ('verdict', 'behind'): dict(behind_low=0.5, behind_high=3.5),
     ('verdict', 'unmeasured'): {},
     ('verdict', 'alone'): dict(train_none=None),
@@ -340,9 +346,9 @@ def test_a_threshold_is_where_the_sentence_changes(rule):
 
 
 def test_a_command_is_broken_between_flags_and_can_be_copied_whole(planted):
-    (shown,) = re.findall(r'<pre class="command">(.*?)</pre>', block(page_of(planted), 'verdict'))
+    (shown,) = re.findall(r'<pre class="command">(.*?)</pre>', block(page_of(planted), 'settings'))
     assert re.sub('<[^>]+>', '', shown) == (
-        f'accelerate launch train_distill.py --config {planted}/args.yaml --distill none --experiment run-none'
+        f'accelerate launch train_distill.py --config {planted}/args.yaml --experiment run-again'
     )
 
 

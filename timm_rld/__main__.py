@@ -47,7 +47,7 @@ def list_things(what: str, pattern: str) -> None:
 
 def check_data(args: argparse.Namespace) -> None:
     """Look at a dataset, print what is found, and raise what would hurt a training."""
-    from .data import check_data, describe, open_splits
+    from .data import check_data, describe, note_unlisted, open_splits
     from .report import data_page
 
     if args.write_skip_list:
@@ -57,6 +57,8 @@ def check_data(args: argparse.Namespace) -> None:
         data_page.check_installed()
     config = resolve(Config(**given_settings(args, data_settings()), **dataset_of(args)))
     splits = open_splits(log=print, **config.arguments_of('open_splits'))
+    if note := note_unlisted(*splits):
+        print(note)
     findings = check_data(*splits, progress=True, **config.arguments_of('check_data'))
     print(describe(findings))
     if args.write_skip_list:

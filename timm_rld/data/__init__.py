@@ -4,7 +4,7 @@ from .check import Finding, Findings, check_data, describe
 from .class_weights import class_counts, class_weights, describe_classes
 from .holdout import stratified_holdout
 from .loader import Loader, create_loaders
-from .look import first_look
+from .look import first_look, note_unlisted
 from .mixup import MixedTarget, Mixup
 from .sampler import ReplaySampler, Step
 from .sources import SAMPLE_NOTE, Source, open_split
@@ -13,7 +13,7 @@ from .transforms import eval_transform, train_transform
 
 __all__ = [
     'check_data', 'class_counts', 'class_weights', 'create_loaders', 'describe', 'describe_classes',
-    'eval_transform', 'Finding', 'Findings', 'first_look', 'Loader', 'MixedTarget', 'Mixup', 'open_split',
-    'open_splits', 'open_validation', 'ReplaySampler', 'SAMPLE_NOTE', 'Source', 'Step', 'stratified_holdout',
-    'train_transform',
+    'eval_transform', 'Finding', 'Findings', 'first_look', 'Loader', 'MixedTarget', 'Mixup', 'note_unlisted',
+    'open_split', 'open_splits', 'open_validation', 'ReplaySampler', 'SAMPLE_NOTE', 'Source', 'Step',
+    'stratified_holdout', 'train_transform',
 ]  # fmt: skip

@@ -144,7 +144,8 @@ class _Names:
         self.sources = sources
         roots = [str(root) for s in sources if (root := getattr(getattr(s.dataset, 'reader', None), 'root', None))]
         folders = {os.path.abspath(root) for root in roots}
-        self.root = os.path.commonpath([os.path.dirname(f) if len(folders) == 1 else f for f in folders] or ['.'])
+        whole = len(folders) > 1 or sources[0].split == '.'  # `.`: the classes lie right in the folder that was named
+        self.root = os.path.commonpath([f if whole else os.path.dirname(f) for f in folders] or ['.'])
 
     def __call__(self, split: int, index: int) -> str:
         source = self.sources[split]
@@ -268,7 +269,7 @@ def _copies(images: _All) -> Iterator[Finding]:
         which = 'all' if shared == total else f'{shared:,} of the'
         text = (
             f'{which} {total:,} validation images are training images too, byte for byte, so the accuracy would be too '
-            'high: remove them from one of the two splits'
+            'high: keep one copy of each'
         )
         yield Finding('identical', True, text, across)
     if conflicts:

@@ -35,9 +35,8 @@ def first_look(train: Source, val: Source, on_bad_image: str, log: Callable[[str
     for source in (train, val):
         if source.left_out and not (source is val and val.dataset is train.dataset):
             log(f'{source.split}: left out: {note_left_out(source.left_out)}')
-    if unknown := sorted(train.unlisted & val.unlisted):
-        listed = ', '.join(map(printable, unknown[:3])) + (', …' if len(unknown) > 3 else '')
-        log(f'--skip-list: {len(unknown)} of its lines name no image of either split: {listed}')
+    if note := note_unlisted(train, val):
+        log(note)
     for source, flag in ((train, '--train-split'), (val, '--val-split')):
         bad, count = look_at(source)
         if not bad:
@@ -53,6 +52,14 @@ def first_look(train: Source, val: Source, on_bad_image: str, log: Callable[[str
             else 'which leaves them out with a note: --on-bad-image skip is for training images alone'
         )
         raise UserError(f'{found}\nRemove them, or list them in a file for --skip-list FILE (a path a line), {other}')
+
+
+def note_unlisted(train: Source, val: Source) -> str:
+    """Return a line on what a `--skip-list` names that neither split has, or an empty text."""
+    if not (unknown := sorted(train.unlisted & val.unlisted)):
+        return ''
+    listed = ', '.join(map(printable, unknown[:3])) + (', …' if len(unknown) > 3 else '')
+    return f'--skip-list: {len(unknown)} of its lines name no image of either split: {listed}'
 
 
 def look_at(source: Source, count: int = LOOKED_AT) -> tuple[list[tuple[str, str]], int]:

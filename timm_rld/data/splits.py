@@ -89,13 +89,8 @@ def open_splits(
     if tune_holdout is not None:
         train, val = hold_out_to_tune(train, tune_holdout, seed, train_on_holdout)
     elif val_fraction is None:
-        name = val_split or _validation_name(known, train, dataset)
-        val = open_split(
-            dataset, name, flag='--val-split', num_samples=val_num_samples, batch_size=validation_batch_size, **common
-        )
-        if val_split is None and known.kind != 'sample':
-            log(f'Validation split: {name} (--val-split names another)')
-        _log_left_out(val, log)
+        of_val = dict(num_samples=val_num_samples, batch_size=validation_batch_size, **common)
+        val = _open_validation(dataset, val_split, known, train, log, **of_val)
         check_same_classes(train, val)
         if same := overlap(train, val):
             log(f'Warning: {same}')
@@ -123,11 +118,23 @@ def open_validation(
     if labels is not None:
         table = read_table(labels, data_dir, kwargs.get('input_key'), kwargs.get('target_key'))
     known = _known(dataset, data_dir, table)
-    source = open_split(
-        dataset, val_split or _validation_name(known, None, dataset), flag='--val-split', labels=table,
-        data_dir=data_dir, num_samples=val_num_samples, batch_size=validation_batch_size, **kwargs,
+    return _open_validation(
+        dataset, val_split, known, None, log, labels=table, data_dir=data_dir, num_samples=val_num_samples,
+        batch_size=validation_batch_size, **kwargs,
     )  # fmt: skip
-    if val_split is None and known.kind != 'sample':
+
+
+def _open_validation(
+    dataset: str | None,
+    split: str | None,
+    known: _Known,
+    train: Source | None,
+    log: Callable[[str], object],
+    **kwargs: Any,
+) -> Source:
+    """Open the validation split, whether its name was given or not; ``train`` is the training split if it is open."""
+    source = open_split(dataset, split or _validation_name(known, train, dataset), flag='--val-split', **kwargs)
+    if split is None and known.kind != 'sample':
         log(f'Validation split: {source.split} (--val-split names another)')
     _log_left_out(source, log)
     return source
@@ -155,7 +162,8 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
             'be both trained on and held out; add images, or leave the class out'
         )
     kept, held = stratified_holdout(targets, source.keys(), fraction, seed)
-    return source.subset(kept), source.subset(held, split=f'held-out part of {source.split}')
+    name = 'held-out part' if source.split == '.' else f'held-out part of {source.split}'
+    return source.subset(kept), source.subset(held, split=name)
 
 
 def listed(source: Source, classes: Iterable[int], at_most: int = 5) -> str:

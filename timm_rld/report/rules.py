@@ -55,6 +55,16 @@ def always(_: Facts, __: Any) -> bool:
 RULES: tuple[Rule, ...] = (
     # ---- 1 verdict
     Rule(
+        'verdict', 'teacher at chance', ('teacher_low',), lambda f, t: f['teacher_low'] <= t * f['chance'], 1.0,
+        'The teacher is right on {teacher_top1:.1f} % of {images:,} images, which cannot be told from chance '
+        '({chance:.1f} %): train it longer before anything else is read from this page.', '{better_teacher}', 'bad',
+    ),
+    Rule(
+        'verdict', 'few images', ('images', 'teacher_top1'), lambda f, t: 0 < f['images'] < t, 50,
+        'With {images:,} validation images a difference of ten points may be chance: validate on more of them.',
+        '{check_data}', 'bad',
+    ),
+    Rule(
         'verdict', 'gain', ('gain', 'gain_low'), lambda f, t: f['gain_low'] > t, 0.0,
         'Distilling gained {gain:+.2f} points over the run without it, more than these {images:,} images leave to '
         'chance (95% interval {gain_low:+.2f} to {gain_high:+.2f}); other seeds would show whether training does.',
@@ -80,8 +90,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         'verdict', 'as good', ('behind_low', 'train_none'), lambda f, t: f['behind_low'] <= t, 0.0,
-        'The student is as good as its teacher on these {images:,} images ({behind:+.2f} points behind, 95% interval '
-        '{behind_low:+.2f} to {behind_high:+.2f}); whether it owes that to distilling, only a run without it can say.',
+        'The student cannot be told from its teacher on these {images:,} images ({ahead:+.2f} points, 95% interval '
+        '{ahead_low:+.2f} to {ahead_high:+.2f}); whether it owes that to distilling, only a run without it can say.',
         '{train_none}', 'good',
     ),
     Rule(
@@ -129,6 +139,11 @@ RULES: tuple[Rule, ...] = (
     ),
     # ---- 3 curves
     Rule(
+        'curves', 'few epochs', ('epochs',), lambda f, t: f['epochs'] < t, 5,
+        'With {epochs} epoch(s) the curves say little: train longer.',
+        '{train} --epochs {twice_epochs} --experiment {name}-longer',
+    ),
+    Rule(
         'curves', 'past its best', ('best_lead',), lambda f, t: f['best_lead'] > t, 1.0,
         'Epoch {best_epoch} was {best_lead:.2f} points better than the last one: take its weights, or train for fewer '
         'epochs.', 'timm-rld push {run} --hub-weights best', 'bad',
@@ -156,6 +171,11 @@ RULES: tuple[Rule, ...] = (
     ),
     # ---- 4 classes
     Rule(
+        'classes', 'few images', ('median_count',), lambda f, t: f['median_count'] < t, 5,
+        'Half of the classes have {median_count} validation images or fewer: what is said of single classes may be '
+        'chance.', '{check_data}',
+    ),
+    Rule(
         'classes', 'rare', ('worst_train_share', 'worst_top1'),
         lambda f, t: f['worst_train_share'] < t and f['worst_top1'] < f['student_top1'] - 10, 0.5,
         '“{worst_class}” is the class that suffers most ({worst_top1:.1f} %), and it has {worst_train:,} training '
@@ -178,6 +198,16 @@ RULES: tuple[Rule, ...] = (
         'No class stands out: other seeds would show whether that stays so.', '{compare}', 'good',
     ),
     # ---- 5 calibration
+    Rule(
+        'calibration', 'few images', ('images',), lambda f, t: 0 < f['images'] < t, 50,
+        'With {images:,} validation images it cannot be told how sure the networks should be.', '{check_data}',
+    ),
+    Rule(
+        'calibration', 'teacher says nothing', ('teacher_best_temperature',),
+        lambda f, t: f['teacher_best_temperature'] > t, 50,
+        "The teacher's loss is lowest where it names no class at all (temperature {teacher_best_temperature:.0f}): it "
+        'has learned next to nothing about these images, so train it longer.', '{better_teacher}', 'bad',
+    ),
     Rule(
         'calibration', 'teacher too sure', ('teacher_best_temperature', 'temperature'),
         lambda f, t: f['teacher_best_temperature'] > t, 1.5,

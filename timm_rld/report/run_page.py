@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -161,7 +162,8 @@ def base_facts(r: Report) -> dict[str, Any]:
     images = settings.get('data_dir')
     own = results['distill'] if results['distill'] != 'none' else 'rld'
     return {
-        'run': shlex.quote(str(run)), 'name': name, 'train': shlex.join(train),
+        'epochs': epochs, 'chance': 100 / results['num_classes'], 'run': shlex.quote(str(run)), 'name': name,
+        'train': shlex.join(train),
         'train_none': None if own != results['distill'] else (
             f'{shlex.join(train)} --distill none --experiment {name}-none'
         ),
@@ -214,6 +216,8 @@ def verdict(r: Report) -> dict[str, Any]:
             continue
         low, high = figures.interval(top1 / 100 * count, count)
         note = f'95% interval {low:.2f} – {high:.2f}' if count else ''
+        if who == 'teacher' and count:
+            r.facts.update(teacher_low=low)
         tiles.append((f'{who}, top-1', _points(top1), note, who if who != 'without distillation' else 'third'))
     r.facts.update(images=count)
     differences = _differences(r)
@@ -361,6 +365,8 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a table as CSV; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
 
     def safe(value: Any) -> Any:
+        if re.fullmatch(r'[+-]\d+(\.\d+)?', str(value)):
+            return str(value).removeprefix('+')
         return f"'{value}" if isinstance(value, str) and value[:1] in ('=', '+', '@', '\t', '\r') else value
 
     text = io.StringIO()
@@ -428,6 +434,7 @@ def classes(r: Report) -> dict[str, Any]:
     n = max(r.results['num_classes'], int(p.target.max()) + 1, int(p.student.top1.max()) + 1)
     found, trained = figures.by_class(p, n), class_counts(r.images.train, n)
     pairs = figures.confused_pairs(p.target, p.student.top1)
+    r.facts.update(median_count=int(np.median(found.count[found.count > 0])))
     _class_facts(r, found, trained, pairs)
     rows = [_class_row(r, found, trained, c) for c in range(n) if found.count[c]]
     gap = found.student - found.teacher if found.teacher is not None else found.student
