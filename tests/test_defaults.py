@@ -262,12 +262,12 @@ def test_a_resumed_run_takes_a_flag_as_given(tmp_path):
 
 
 def test_a_longer_run_continues_with_the_ramp_of_the_shorter_one(tiny, tmp_path, capsys):
-    flags = [*tiny, '--distill', 'dkd', '--sched', 'constant', '--warmup-epochs', '0', '--resume', 'auto']
+    flags = [*tiny, '-b', '41', '--distill', 'dkd', '--sched', 'constant', '--warmup-epochs', '0', '--resume', 'auto']
     flags[flags.index('--lr') : flags.index('--lr') + 2] = []
     assert main(flags) == 0
-    assert 'learning rate 0.00313 (sgd, batch 8; --lr changes it)' in capsys.readouterr().out
+    assert 'learning rate 0.016 (sgd, batch 41; --lr changes it)' in capsys.readouterr().out
     first = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text(encoding='utf-8'))
-    assert main([*flags, '--epochs', '30', '--teacher-epochs', '1', '--debug']) == 0
+    assert main([*flags, '--epochs', '18', '--debug']) == 0
     then = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text(encoding='utf-8'))
     assert {k for k in first if first[k] != then[k]} == {'epochs', 'debug'} and then['distill_warmup_epochs'] == 1
 
