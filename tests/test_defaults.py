@@ -261,6 +261,7 @@ def test_a_resumed_run_takes_a_flag_as_given(tmp_path):
     assert config.lr == 0.01  # which check_unchanged() refuses
 
 
+@pytest.mark.slow
 def test_a_longer_run_continues_with_the_ramp_of_the_shorter_one(tiny, tmp_path, capsys):
     flags = [*tiny, '-b', '41', '--distill', 'dkd', '--sched', 'constant', '--warmup-epochs', '0', '--resume', 'auto']
     flags[flags.index('--lr') : flags.index('--lr') + 2] = []
