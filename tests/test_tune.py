@@ -456,6 +456,7 @@ def test_the_sentence_follows_from_the_interval(winner, said):
     assert one['verdict'].startswith('One seed: ')
 
 
+@pytest.mark.slow
 def test_a_run_that_outlived_its_search_is_waited_for(tmp_path):
     code = ('import sys, time; from pathlib import Path; from timm_rld.files import lock; '
             "lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(1)")  # fmt: skip
@@ -479,6 +480,7 @@ def argv_of(data: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_validation_images_are_not_read_before_the_last_stage_and_one_cache_serves_all(
     folder, tmp_path, monkeypatch, capsys
 ):

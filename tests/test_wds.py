@@ -71,6 +71,7 @@ def test_shards_are_trained_on_and_a_run_on_them_repeats_and_resumes_to_the_same
     assert main([*argv, '--experiment', 'whole', '--resume', 'auto', '--workers', other]) == 1  # other readers
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_shards(stable, argv, tmp_path):
     argv = [*argv, '--workers', '1', '--epochs', '1', '--experiment', 'two']
     said = stable.run(argv, tmp_path / 'log', processes=2).output()
