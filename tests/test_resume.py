@@ -109,7 +109,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
     else:
         os.kill(victim.pids[1], number)  # one of them alone
     assert victim.wait() == [code] * processes, victim.output()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert f'stopped by {number.name} in epoch' in victim.output()
     assert f'--resume {tmp_path / "run"} continues' in victim.output()
     newest = Checkpoints(tmp_path / 'run' / 'checkpoints').newest('student')
