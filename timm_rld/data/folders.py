@@ -8,7 +8,8 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from PIL import features
@@ -34,6 +35,13 @@ def is_junk(name: str) -> bool:
     return name.startswith('.') or name.lower() in _JUNK
 
 
+def leads_back(folder: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in, whose images would come again and again."""
+    path = os.path.join(folder, name)
+    target = os.path.join(os.path.realpath(path), '')
+    return os.path.islink(path) and os.path.join(os.path.realpath(folder), '').startswith(target)
+
+
 def natural(text: str) -> list[int | str]:
     """timm's order of classes and files: numbers by their value, letters whatever their case."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', text.lower()))]
@@ -46,7 +54,47 @@ def _why_not(name: str) -> str:
     return 'not an image' if kind else 'no ending that names a format'
 
 
-class FolderReader:
+class FileReader:
+    """Image files by index, with the interface of timm's readers.
+
+    Args:
+        root: folder that names are relative to.
+        samples: path and class of each image.
+    """
+
+    class_to_idx: dict[str, int]  # where classes have names
+
+    def __init__(self, root: str, samples: Sequence[tuple[str, int]]) -> None:
+        self.root, self.samples = root, list(samples)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, target = self.samples[index]
+        return open(path, 'rb'), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """Name of the file of an image: below the root, its last part, or the whole path."""
+        path = self.samples[index][0]
+        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
+
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        """:meth:`filename` of each image."""
+        return [self.filename(i, basename, absolute) for i in range(len(self))]
+
+
+@dataclass(frozen=True)
+class FileDataset:
+    """What holds a reader, in the place of timm's dataset."""
+
+    reader: FileReader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+
+class FolderReader(FileReader):
     """Images of class folders, by index: a reader for timm's `ImageDataset`, with the classes and order of timm's own.
 
     Args:
@@ -88,24 +136,8 @@ class FolderReader:
         self.class_to_idx = class_to_idx
         # torchvision's order is plain
         images.sort(key=lambda f: (classes[f[0]], *f[:2]) if first_level else (natural(f[2]), f[2]))
-        self.samples = [(os.path.join(root, *f[:2]), class_to_idx[classes[f[0]]]) for f in images]
+        super().__init__(root, [(os.path.join(root, *f[:2]), class_to_idx[classes[f[0]]]) for f in images])
         self.places = [place for *_, place in images]
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        path, target = self.samples[index]
-        return open(path, 'rb'), target
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Name of the file of an image: below the root, its last part, or the whole path."""
-        path = self.samples[index][0]
-        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
-
-    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
-        """:meth:`filename` of each image."""
-        return [self.filename(i, basename, absolute) for i in range(len(self))]
 
     def _files(self) -> Iterator[File]:
         """All files that are not junk."""
@@ -117,8 +149,7 @@ class FolderReader:
             folders[:] = sorted(name for name in folders if not is_junk(name))
             folder = os.path.relpath(path, self.root) if path != self.root else ''
             for name in [name for name in folders if os.path.islink(os.path.join(path, name))]:
-                target = os.path.join(os.path.realpath(os.path.join(path, name)), '')
-                if os.path.join(os.path.realpath(path), '').startswith(target):
+                if leads_back(path, name):
                     folders.remove(name)
                     self.left_out.append((os.path.join(folder, name), 'a link to a folder that it lies in'))
             files = [name for name in files if not is_junk(name)]

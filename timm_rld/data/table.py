@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..errors import UserError
+from .folders import FileDataset, FileReader
 from .names import find_named, some
 from .targets import UNLABELED
 
@@ -62,8 +63,8 @@ class Table:
         return sorted({row.split for row in self.rows if row.split}) if self.has_splits else []
 
 
-class ReaderTable:
-    """A split of a table of labels, with the interface of timm's readers.
+class ReaderTable(FileReader):
+    """A split of a table of labels.
 
     Args:
         table: see :func:`read_table`.
@@ -73,37 +74,15 @@ class ReaderTable:
     """
 
     def __init__(self, table: Table, rows: Sequence[Row], labels: Sequence[int], class_to_idx: dict[str, int]) -> None:
-        self.root, self.class_to_idx = table.root, class_to_idx
         files = _find_files(table, rows)
         _check_twice(table, rows, files)
         first = {file: i for i, file in reversed([*enumerate(files)])}  # of a file that is there twice, the first row
-        self.samples = [(file, labels[i]) for i, file in enumerate(files) if first[file] == i]
+        super().__init__(table.root, [(file, labels[i]) for i, file in enumerate(files) if first[file] == i])
+        self.class_to_idx = class_to_idx
         self.repeated = len(files) - len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        path, target = self.samples[index]
-        return open(path, 'rb'), target
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Return the file of an image."""
-        path = self.samples[index][0]
-        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
-
-
-@dataclass(frozen=True)
-class TableDataset:
-    """What holds a reader, in the place of timm's dataset."""
-
-    reader: ReaderTable
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-
-def open_table(table: Table, split: str, flag: str, class_names: Sequence[str] | None) -> tuple[TableDataset, int]:
+def open_table(table: Table, split: str, flag: str, class_names: Sequence[str] | None) -> tuple[FileDataset, int]:
     """Open one split of a table. All rows of the table, of whatever split, make the classes.
 
     Args:
@@ -128,7 +107,7 @@ def open_table(table: Table, split: str, flag: str, class_names: Sequence[str] |
         raise UserError(f'{flag} {split}: --labels {table.name} has no column {SPLIT_COLUMN!r}')
     indices, class_to_idx, num_classes = _indices(table, class_names)
     of_rows = [indices[row.label] for row in rows]
-    return TableDataset(ReaderTable(table, rows, of_rows, class_to_idx)), num_classes
+    return FileDataset(ReaderTable(table, rows, of_rows, class_to_idx)), num_classes
 
 
 def _indices(table: Table, class_names: Sequence[str] | None) -> tuple[dict[str | None, int], dict[str, int], int]:

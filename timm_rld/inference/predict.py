@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..data import Loader, Source, eval_transform
-from ..data.folders import IMAGE_TYPES, is_junk
+from ..data.folders import IMAGE_TYPES, FileDataset, FileReader, is_junk, leads_back
 from ..distributed import create_accelerator
 from ..engine import wants_channels_last
 from ..errors import SampleError, UsageError, UserError, check_file, writing
@@ -46,36 +46,13 @@ def find_images(paths: Iterable[str]) -> list[str]:
             continue
         inside: list[str] = []
         for folder, folders, names in os.walk(path, followlinks=True):
-            folders[:] = sorted(name for name in folders if not is_junk(name) and not _leads_back(folder, name))
+            folders[:] = sorted(name for name in folders if not is_junk(name) and not leads_back(folder, name))
             images = (n for n in names if os.path.splitext(n)[1].lower() in IMAGE_TYPES and not is_junk(n))
             inside += [os.path.join(folder, name) for name in images]
         if not inside:
             raise UserError(f'{path}: no images in this folder or below it (expected {", ".join(IMAGE_TYPES)})')
         found += sorted(inside, key=lambda name: name.split(os.sep))
     return found
-
-
-def _leads_back(folder: str, name: str) -> bool:
-    """Return whether a folder is a link to one that it lies in, whose images would come again and again."""
-    path = os.path.join(folder, name)
-    target = os.path.realpath(path)
-    return os.path.islink(path) and f'{os.path.realpath(folder)}{os.sep}'.startswith(target.rstrip(os.sep) + os.sep)
-
-
-class _Files:
-    """A dataset of files, with a reader as timm's have."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths, self.reader = list(paths), self
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        return open(self.paths[index], 'rb'), 0
-
-    def filename(self, index: int, **_: Any) -> str:
-        return self.paths[index]
 
 
 class ImageFiles(Source):
@@ -85,7 +62,12 @@ class ImageFiles(Source):
     @classmethod
     def of(cls, paths: Sequence[str], in_chans: int) -> ImageFiles:
         """Return the split of some files."""
-        return cls(_Files(paths), 'files', 1, None, False, {1: 'L', 3: 'RGB'}[in_chans])
+        dataset = FileDataset(FileReader('', [(path, 0) for path in paths]))
+        return cls(dataset, 'files', 1, None, False, {1: 'L', 3: 'RGB'}[in_chans])
+
+    def name(self, index: int) -> str:
+        """Return the path of an image, as it was given."""
+        return self.dataset.reader.filename(index, absolute=True)
 
     def read(self, index: int, decode: Callable[[Image.Image], Image.Image] | None = None) -> tuple[Image.Image, int]:
         try:
@@ -99,8 +81,8 @@ class ImageFiles(Source):
         try:
             super().read(index)
         except SampleError as e:
-            return f'{self.dataset.paths[index]}: cannot be read: {str(e).partition("cannot be read: ")[2]}'
-        return f'{self.dataset.paths[index]}: could not be read'  # it can now
+            return f'{self.name(index)}: cannot be read: {str(e).partition("cannot be read: ")[2]}'
+        return f'{self.name(index)}: could not be read'  # it can now
 
 
 def predict_files(
@@ -201,7 +183,7 @@ def predictions(
         for index, there, probs, classes in zip(
             indices.tolist(), readable.tolist(), found.values.tolist(), found.indices.tolist()
         ):
-            row: Row = {'file': source.dataset.paths[index]}
+            row: Row = {'file': source.name(index)}
             for place, (label, prob) in enumerate(zip(classes, probs), 1):
                 row |= {f'class_{place}': names[label], f'prob_{place}': prob}
             yield index, None if there < 0 else row
