@@ -33,7 +33,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
     from timm_rld.loss import choose_criterion, published_defaults
     from timm_rld.resume import open_run
-    from timm_rld.task import DistillationTask
+    from timm_rld.task import DistillationTask, create_features
 
     # ---- config
     config = resolve(config)
@@ -70,11 +70,12 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             **config.arguments_of('TeacherCache'),
         )  # fmt: skip
     torch.manual_seed(config.seed)
-    if config.teacher is not None and (cache is None or not cache.complete):
+    if config.teacher is not None and (cache is None or not cache.complete or config.feature_distill != 'none'):
         pair.teacher = pairing.create_teacher(
             num_classes=num_classes, class_names=class_names, to_train=train_teacher, image_size=pair.image_size,
             **config.arguments_of('create_teacher'),
         )  # fmt: skip
+    features = create_features(pair, log=log, **config.arguments_of('create_features'))
     trained = [(pair.student, '--student', pair.data_config)]
     trained += [(pair.teacher.model, '--teacher', pair.teacher_data_config)] if train_teacher else []
     main_only(accelerator, lambda: [hub.check_export(*network) for network in trained])
@@ -100,15 +101,15 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     # ---- criterion, task → fit → export
     results = dict(
-        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=dict(info.options),
-        num_classes=num_classes, teacher_top1=teacher.top1, teacher_macro=teacher.macro, command=command,
+        config.pick('teacher', 'student', 'distill', 'feature_distill', 'epochs', 'seed'), num_classes=num_classes,
+        distill_options=dict(info.options), teacher_top1=teacher.top1, teacher_macro=teacher.macro, command=command,
         paper=info.cited, teacher_sha256=teacher.digest, versions=run_folder.versions(),
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
         task = DistillationTask(
-            pair.student, pair.teacher if criterion is not None else None, criterion, normalize=pair.normalize,
-            cache=cache, class_weights=class_weights, **config.arguments_of('DistillationTask'),
+            pair.student, pair.teacher, criterion, normalize=pair.normalize, cache=cache, features=features,
+            class_weights=class_weights, **config.arguments_of('DistillationTask'),
         )  # fmt: skip
         export = functools.partial(hub.export_model, data_config=pair.data_config, label_names=class_names)
         if config.push_to_hub and is_main:
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(['train_distill.py', *argv])
 
     def program() -> None:
-        run(parse_args(argv, epilog=lambda: f'criteria (--distill):\n{timm_rld.describe_criteria()}'), command)
+        run(parse_args(argv, epilog=lambda: timm_rld.describe_methods()), command)
 
     return run_main(program, 'train_distill.py', debug='--debug' in argv)
 

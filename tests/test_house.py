@@ -32,7 +32,7 @@ FLOORS = {
     'pairing': {'errors', 'offline', '_timm'},
     'run_folder': {'errors', 'files'},
     # 3
-    'task': {'data', 'pairing', 'loss'},
+    'task': {'errors', 'data', 'pairing', 'loss'},
     'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
     'hub': {'errors', 'offline', 'config', 'run_folder'},
     'resume': {'errors', 'config', 'distributed', 'data', 'run_folder'},
@@ -48,6 +48,7 @@ FLOORS = {
         'distributed',
         'data',
         'pairing',
+        'loss',
         'run_folder',
         'task',
         'cache',
