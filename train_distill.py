@@ -28,17 +28,16 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     """Train with the given settings. Returns what results.json holds, and the run folder as `run`."""
     import torch
 
-    from timm_rld import data, engine, hub, pairing, run_folder
+    from timm_rld import data, engine, hub, loss, pairing, run_folder
     from timm_rld.cache import TeacherCache
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
-    from timm_rld.loss import choose_criterion, published_defaults
     from timm_rld.resume import open_run
     from timm_rld.task import DistillationTask, create_features
 
     # ---- config
     config = resolve(config)
     engine.check_settings(config)
-    info, criterion = choose_criterion(config.distill, config.standardize, config.distill_kwargs)
+    info, criterion = loss.choose_criterion(config.distill, config.standardize, config.distill_kwargs)
     accelerator = create_accelerator(**config.arguments_of('create_accelerator'))
     log, is_main = accelerator.print, accelerator.is_main_process
     if config.push_to_hub:
@@ -52,7 +51,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     num_classes, class_names = train_split.num_classes, train_split.class_names
     if criterion is not None:
         criterion.check_classes(num_classes)
-    config = resolve(config, accelerator.num_processes, train_split.images, published_defaults)
+    config = resolve(config, accelerator.num_processes, train_split.images, loss.published_defaults)
     for line in (*describe_derived(config), *data.describe_classes(train_split)):
         log(line)
     class_weights = data.class_weights(train_split, **config.arguments_of('class_weights'))

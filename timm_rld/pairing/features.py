@@ -4,6 +4,7 @@ logits and features in one forward pass."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ class Features:
         maps = list(self.maps)
         if self.isotropic:
             count = min(count, len(maps))
-            return [maps[round((i + 1) * len(maps) / count) - 1] for i in range(count)]
+            return [maps[math.ceil((i + 1) * len(maps) / count) - 1] for i in range(count)]
         if self.all_stages:
             return maps
         last = {m.size: m for m in maps if not m.stem}
@@ -205,7 +206,8 @@ def look_at_features(
     refused = f'--feature-distill: {what} cannot be asked for features'
     if maps and not hasattr(network, 'forward_intermediates'):
         raise UserError(f'{refused}: it has no forward_intermediates; `--feature-distill feature` needs none')
-    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
+    like = next(model.parameters())
+    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     training = model.training
     with torch.random.fork_rng(devices=[]):
         try:
