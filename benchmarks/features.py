@@ -10,7 +10,6 @@ import argparse
 import functools
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,9 @@ FAMILIES = (
 
 def build(name: str, size: int) -> nn.Module:
     """A network for images of a size, with 10 classes."""
-    fixed = 'vit_' in name or 'deit' in name or 'swin' in name
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        return timm.create_model(
-            name, num_classes=10, **({'img_size': size} if fixed and 'mobilevit' not in name else {})
-        )
+    config = timm.models.get_pretrained_cfg(name)
+    fixed = {'img_size': size} if config is not None and config.fixed_input_size else {}
+    return timm.create_model(name, num_classes=10, **fixed)
 
 
 def steps(

@@ -19,7 +19,15 @@ from timm_rld.config import load_yaml, parse_args, resolve
 from timm_rld.engine import Checkpoints
 from timm_rld.errors import UsageError, UserError
 from timm_rld.loss import FEATURES, published_defaults
-from timm_rld.pairing import Normalize, Pair, Teacher, forward_with_features, look_at_features, pair_maps
+from timm_rld.pairing import (
+    Normalize,
+    Pair,
+    Teacher,
+    create_normalize,
+    forward_with_features,
+    look_at_features,
+    pair_maps,
+)  # fmt: skip
 from timm_rld.runs import parse_variant
 from timm_rld.task import create_features
 
@@ -203,7 +211,9 @@ def test_feature_is_timms_task_on_one_batch(teacher):
         net.pretrained_cfg = dict(net.pretrained_cfg, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), input_size=SIZE)
     theirs = FeatureDistillationTask(student, taught, nn.CrossEntropyLoss(), distill_loss_weight=3.0, verbose=False,
                                      dtype=torch.float64)  # fmt: skip
-    ours = DistillationTask(student, taught, None, features='feature', feature_loss_weight=3.0, dtype=torch.float64)
+    pair = Pair(student, Teacher(copy.deepcopy(taught)), create_normalize(student), {'input_size': SIZE})
+    ours = DistillationTask(pair.student, pair.teacher, None, features=create_features(pair, 'feature'),
+                            feature_loss_weight=3.0, dtype=torch.float64)  # fmt: skip
     ours.double().train()
     if theirs.trainable_module.projection is not None:
         ours.feature_criterion.projection.load_state_dict(theirs.trainable_module.projection.state_dict())

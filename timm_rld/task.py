@@ -178,7 +178,7 @@ class DistillationTask(TrainingTask):
         normalize: of the student; None for that of its `pretrained_cfg`.
         cache: of the teacher's logits; the teacher may then be None, unless features are distilled: its features are
             asked for in each step, and its logits still come from the cache.
-        features: of :func:`create_features`, or the name of a method. None: no features are distilled.
+        features: of :func:`create_features`. None: no features are distilled.
         feature_loss_weight, feature_warmup_epochs: None for the published ones of the method's row.
         device, dtype, verbose: as in timm.
 
@@ -199,7 +199,7 @@ class DistillationTask(TrainingTask):
         class_weights: Tensor | None = None,
         normalize: Normalize | None = None,
         cache: CachedLogits | None = None,
-        features: FeatureDistillation | str | None = None,
+        features: FeatureDistillation | None = None,
         feature_loss_weight: float | None = None,
         feature_warmup_epochs: int | None = None,
         device: torch.device | None = None,
@@ -231,11 +231,7 @@ class DistillationTask(TrainingTask):
         self.ramp = self.feature_ramp = 1.0
         self.to(self.device)
 
-    def _set_features(self, features: FeatureDistillation | str | None, weight: float | None, ramp: int | None) -> None:
-        if isinstance(features, str):
-            student: Any = self.trainable_module
-            config = {'input_size': student.pretrained_cfg['input_size']}
-            features = create_features(Pair(student, self.teacher, self.normalize, config), features)
+    def _set_features(self, features: FeatureDistillation | None, weight: float | None, ramp: int | None) -> None:
         if features is not None and self.teacher is None:
             raise ValueError('a method on features needs a teacher')
         self.features, self._wrapped = features, False
