@@ -15,9 +15,10 @@ from torch import nn
 
 import train_distill
 from timm_rld import DistillationTask
-from timm_rld.config import load_yaml, parse_args, resolve
+from timm_rld.config import Config, load_yaml, parse_args, resolve
 from timm_rld.engine import Checkpoints
 from timm_rld.errors import UsageError, UserError
+from timm_rld.hub.card import card_section
 from timm_rld.loss import FEATURES, published_defaults
 from timm_rld.pairing import (
     Normalize,
@@ -28,8 +29,11 @@ from timm_rld.pairing import (
     look_at_features,
     pair_maps,
 )  # fmt: skip
+from timm_rld.report import write_report
+from timm_rld.run_folder import read_run
 from timm_rld.runs import parse_variant
 from timm_rld.task import create_features
+from timm_rld.tune.candidates import published
 
 # Cheap members of families whose features differ in kind: with a stem, without, isotropic, one map a block, windows.
 FAMILIES = {
@@ -335,6 +339,8 @@ def test_a_variant_of_a_comparison_has_a_method_on_features_after_a_plus():
     assert parse_variant('rld:beta=1e+3+at:feature_stages=[1,2:3]').flags == (
         '--distill', 'rld', '--distill-kwargs', 'beta=1e+3', '--feature-distill', 'at', '--feature-stages', '1', '2:3',
     )  # fmt: skip
+    with pytest.raises(UsageError, match='tune searches criteria alone'):
+        published('rld+at', Config(epochs=1))
     for text, message in (
         ('rld+att', "unknown method 'att' (did you mean 'at'"),
         ('rld+at:q=1', "method 'at' has no option 'q'"),
@@ -365,6 +371,10 @@ def test_a_run_distils_features_alone_and_leaves_a_plain_student(flags, tmp_path
     results, settings = json.loads((run / 'results.json').read_text()), load_yaml(str(run / 'args.yaml'))
     assert (results['distill'], results['feature_distill']) == ('none', 'reviewkd')
     assert (settings['feature_loss_weight'], settings['feature_warmup_epochs']) == (5, 1)
+    card = card_section(read_run(run), 'me/x', 'last', False)
+    assert 'by `reviewkd` distillation' in card and '- Features: `reviewkd` (options: as published), weight 5.' in card
+    with pytest.raises(UserError, match='was trained with --feature-distill reviewkd'):
+        write_report(run, tmp_path / 'page.html', baseline=run)
     plain = set(timm.create_model('test_resnet', num_classes=3).state_dict())
     for folder in ('student', 'student_ema'):
         model = timm.create_model(f'local-dir:{run / folder}', pretrained=True)

@@ -196,6 +196,16 @@ def _methods(results: dict[str, Any]) -> list[str]:
     return [name for name in both if name != 'none'] or ['none']
 
 
+def _features(settings: dict[str, Any]) -> list[str]:
+    """Return a line about the method on features of a run, if there is one."""
+    if settings.get('feature_distill', 'none') == 'none':
+        return []
+    options = ', '.join(f'{k} {v}' for k, v in settings['feature_kwargs'].items()) or 'as published'
+    return [
+        f'- Features: `{settings["feature_distill"]}` (options: {options}), weight {settings["feature_loss_weight"]:g}.'
+    ]
+
+
 def chosen_metrics(run: RunFiles, weights: str) -> dict[str, float | None]:
     """Return top-1, top-5, macro accuracy and epoch of the weights `last`, `best` or `ema`."""
     last = run.history[-1]
@@ -261,13 +271,8 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
             teacher,
             f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
             f'cross-entropy {settings["task_loss_weight"]:g}. {results.get("paper") or ""}'.rstrip(' '),
+            *_features(settings),
         ]
-        if settings.get('feature_distill', 'none') != 'none':
-            options = ', '.join(f'{k} {v}' for k, v in settings['feature_kwargs'].items()) or 'as published'
-            lines.append(
-                f'- Features: `{settings["feature_distill"]}` (options: {options}), weight '
-                f'{settings["feature_loss_weight"]:g}.'
-            )
     size, command = images['input_size'], public_command(results['command'])
     lines += [
         f'- {results["epochs"]} epochs, seed {results["seed"]}, images of {size[1]}×{size[2]}; '
