@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -109,7 +108,7 @@ def features(name: str, batch: int = 5, scale: float = 1.0, dtype: torch.dtype =
 def test_the_gradient_is_that_of_finite_differences(name):
     student, teacher = features(name)
     criterion = made(name, student, teacher)
-    assert torch.autograd.gradcheck(lambda *s: criterion(s, teacher), student)
+    assert torch.autograd.gradcheck(lambda *s: criterion(s, teacher), student, fast_mode=True)
     for p in criterion.parameters():
         assert p.requires_grad
 
@@ -249,10 +248,10 @@ def test_wrong_options_are_refused_before_anything_is_built():
         assert message in str(e.value)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ['at', 'rkd'])  # a step with the layers of reviewkd is compiled in test_features.py
 def test_compiled_it_is_the_same(name):
     student, teacher = features(name, dtype=torch.float32)
     criterion = made(name, student, teacher).float()
-    expected = functools.reduce(lambda x, y: x + y, [criterion(student, teacher)])
+    expected = criterion(student, teacher)
     compiled = torch.compile(criterion, backend='eager')
     assert compiled(student, teacher).item() == pytest.approx(expected.item(), rel=1e-6)
