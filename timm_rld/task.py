@@ -22,8 +22,10 @@ class CachedLogits(Protocol):
     (:class:`timm_rld.cache.TeacherCache`, which says what each does)."""
 
     def logits(
-        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[[], Tensor] | None = None
+        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[..., Tensor] | None = None
     ) -> Tensor: ...
+
+    def missing(self, epoch: int, indices: Tensor) -> int: ...
 
     def flush(self) -> None: ...
 
@@ -186,8 +188,9 @@ class DistillationTask(TrainingTask):
 
         teacher: Any = self.teacher  # None only beside a cache, which is not given compute() then
 
-        def compute() -> Tensor:
-            return teacher(self.normalize.inverse(input) if input.is_floating_point() else input)
+        def compute(chosen: Tensor | None = None) -> Tensor:
+            images = input if chosen is None else input[chosen.to(input.device)]
+            return teacher(self.normalize.inverse(images) if images.is_floating_point() else images)
 
         if self.cache is None:
             return compute()

@@ -17,7 +17,6 @@ import os
 import queue
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -232,7 +231,7 @@ class QueryTeacher(ClosedTeacher):
         retries: int = 3,
         timeout: float = 60.0,
         limit: int | None = None,
-        log: Callable[[str], object] = functools.partial(print, file=sys.stderr),
+        log: Callable[[str], object] = print,
     ) -> None:
         super().__init__(self._answer, answers, name, limit)
         self.num_classes, self.retries, self.timeout, self.log = num_classes, retries, timeout, log
