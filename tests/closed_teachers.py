@@ -67,4 +67,4 @@ not_callable = 3
 
 def images_asked(file: Path) -> int:
     """How many images the calls that ASKED lists were about."""
-    return sum(map(int, file.read_text().split())) if file.exists() else 0
+    return sum(map(int, file.read_text(encoding='utf-8').split())) if file.exists() else 0

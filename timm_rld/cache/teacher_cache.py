@@ -53,9 +53,8 @@ class TeacherCache:
 
     Attributes:
         complete: whether nothing is left to be computed, so that the teacher need not be built.
-        closed: whether the teacher can only be asked (`--black-box`), about no more than is needed.
-        by_image: whether it answers for each image alone (`--teacher-query`), so that of a batch only those images are
-            asked about that there is no row of.
+        by_image: whether the teacher is a function that answers for each image alone (`--teacher-query`): of a batch it
+            is asked about those images that there is no row of.
         validated: whether the validation rows are there.
         body: what cache.json holds; None until the teacher's weights are known.
 
@@ -88,7 +87,7 @@ class TeacherCache:
         self.arguments, self.epochs, self.train_teacher = arguments, epochs, train_teacher
         self.augmentation_epochs, self.dtype = augmentation_epochs, DTYPES[dtype]
         self.key = CacheKey(arguments, depends_on, dtype, train, val, data_config, accelerator.mixed_precision)
-        self.closed, self.by_image = (depends_on.get(flag) is not None for flag in ('--black-box', '--teacher-query'))
+        self.by_image = depends_on.get('--teacher-query') is not None
         self.complete = self.validated = False
         self.body: dict[str, Any] | None = None
         self._open: dict[str, Rows] = {}
@@ -299,7 +298,9 @@ class TeacherCache:
         """
         name, where = self._name(self.augmentation_epoch(epoch)), indices.numpy()
         if self.by_image and compute is not None:
-            return self._asked(name, indices, compute, lambda rows, i: rounded(rows, target[i], self.dtype)).float()
+            of = target.cpu()
+            asked = self._asked(name, indices, compute, lambda rows, i: rounded(rows, of[i], self.dtype))
+            return asked.to(target.device).float()
         rows = self._rows(name)
         found = rows.read(where)
         if found is not None:
@@ -362,16 +363,22 @@ class TeacherCache:
         Args:
             left_out: their indices.
             dataset: key (augmentation epoch, index) → (pixels, target, index).
-            compute: pixels → the teacher's logits. A closed teacher is not asked for what no step needs.
+            compute: pixels → the teacher's logits. A closed teacher with a budget is not asked.
         """
         self.flush()
         seen = self.augmentation_epoch(epoch)
-        if self.closed or not left_out or compute is None or epoch != seen or not self.accelerator.is_main_process:
+        if not left_out or compute is None or epoch != seen or not self.accelerator.is_main_process:
             return
+        if isinstance(compute, ClosedTeacher) and compute.queries.limit is not None:
+            return  # no step needs them
         pixels, classes, indices = zip(*(dataset[seen, index] for index in left_out))
         target = torch.tensor(classes, device=self.accelerator.device)
         batch = torch.stack([torch.as_tensor(p) for p in pixels]).to(self.accelerator.device)
-        self.logits(epoch, torch.tensor(indices), target, lambda: compute(batch))
+
+        def compute_some(chosen: Tensor | None = None) -> Tensor:
+            return compute(batch if chosen is None else batch[chosen.to(batch.device)])
+
+        self.logits(epoch, torch.tensor(indices), target, compute_some)
         self.flush()
 
     def first_answers(self) -> Tensor | None:

@@ -131,9 +131,8 @@ def open_query(
         return
     rank = f'[process {accelerator.process_index}] ' if accelerator.num_processes > 1 else ''
     pair.teacher = teacher = QueryTeacher(
-        load_query(config.teacher_query), pair.num_classes, config.black_box or 'soft',
-        f'--teacher-query {config.teacher_query}', retries=config.query_retries, timeout=config.query_timeout,
-        limit=config.max_queries, log=lambda line: print(f'{rank}{line}', flush=True),
+        load_query(config.teacher_query), pair.num_classes, name=f'--teacher-query {config.teacher_query}',
+        log=lambda line: print(f'{rank}{line}', flush=True), **config.arguments_of('QueryTeacher'),
     )  # fmt: skip
 
     def try_out() -> None:
