@@ -16,6 +16,7 @@ from ._base import DistillLoss
 from .abkd import ABKD
 from .atkd import ATKD
 from .bild import BiLD
+from .ce_teacher import CETeacher
 from .ctkd import CTKD
 from .dist import DIST
 from .dkd import DKD
@@ -274,6 +275,13 @@ CRITERIA: dict[str, CriterionInfo] = {
             options={'temperature': 4.0}, task_weight=0.0, not_standardized='the student is at temperature 1',
             imagenet='--distill-kwargs temperature=1',
             knobs=(_TEMPERATURE, _TASK_WEIGHT),
+        ),
+        _row(
+            'ce_teacher', CETeacher, "cross-entropy with the teacher's class, without labels",
+            'hard distillation in Training data-efficient image transformers & distillation through attention, '
+            'Touvron et al., ICML', 2021,
+            task_weight=0.0, not_standardized="of the teacher it takes the class alone",
+            knobs=(_TASK_WEIGHT, _WEIGHT),
         ),
     )
 }  # fmt: skip
