@@ -131,9 +131,7 @@ def describe_derived(config: Config) -> list[str]:
             f'distillation ramps up over {ramp} of {config.epochs} epoch(s) (--distill-warmup-epochs changes it)'
         )
     if config.distill_token and config.distill == 'none':
-        lines.append(
-            '--distill-token: without a criterion (--distill none), cross-entropy trains the mean of both heads'
-        )
+        lines.append('--distill-token: without a criterion (--distill none) the labels train the mean of both heads')
     return lines
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-# timm's networks with such a head. Not all sizes of levit and iformer have one.
+# timm's networks with such a head, by name.
 FAMILIES = (
-    'deit_*_distilled_*', 'pit_*_distilled_*', 'levit_128 to levit_384', 'efficientformer_*', 'efficientformerv2_*',
+    'deit_*_distilled_*', 'pit_*_distilled_*', 'levit_* (128 to 384)', 'efficientformer_*', 'efficientformerv2_*',
     'swiftformer_*', 'repvit_*', 'iformer_*_distilled', 'efficientvim_*_dist',
 )  # fmt: skip
 
