@@ -25,7 +25,13 @@ from timm_rld.config import Config, parse_args, resolve
 from timm_rld.engine.checkpoint import Checkpoints
 from timm_rld.errors import UsageError, UserError
 from timm_rld.loss import CRITERIA, published_defaults
-from timm_rld.pairing import Teacher, create_student, has_distillation_head, in_distilled_training
+from timm_rld.pairing import (
+    Teacher,
+    create_student,
+    enable_distilled_training,
+    has_distillation_head,
+    in_distilled_training,
+)
 from timm_rld.pairing.heads import FAMILIES
 from timm_rld.tune.candidates import published, sample
 from train_distill import main
@@ -92,11 +98,12 @@ def test_a_network_of_each_family_trains_both_heads_and_gives_their_mean_from_it
     from timm_rld import export_model
 
     size = NETWORKS[name]
-    before = create_student(name, 3, img_size=size).student
-    buffers = {k: v.clone() for k, v in before.named_buffers()}
-    assert has_distillation_head(before, (3, size, size)) and before.training and not in_distilled_training(before)
-    assert all(torch.equal(v.nan_to_num(), buffers[k].nan_to_num()) for k, v in before.named_buffers())
-    pair = create_student(name, 3, img_size=size, distill_token=True)
+    pair = create_student(name, 3, img_size=size)
+    model = pair.student
+    buffers = {k: v.clone() for k, v in model.named_buffers()}
+    assert has_distillation_head(model, (3, size, size)) and model.training and not in_distilled_training(model)
+    assert all(torch.equal(v.nan_to_num(), buffers[k].nan_to_num()) for k, v in model.named_buffers())
+    enable_distilled_training(model, (3, size, size), name)
     x = torch.rand(2, 3, size, size)
     main_head, distilled = pair.student.train()(x)
     ((main_head.square().sum()) + distilled.square().sum()).backward()
