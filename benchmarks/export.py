@@ -2,7 +2,7 @@
 """Which architectures can be exported? The smallest one of each family of ours and of each of timm's modules is tried,
 with random weights and no network.
 
-    python benchmarks/export.py --output DIR [--families cifar_vgg resnet vision_transformer …] [--seconds 300]
+    python benchmarks/export.py --output DIR [--architectures cifar_vgg8 resnet18 …] [--seconds 300]
 
 Each is built at the smallest size of images that it takes, and written as pt2 and as ONNX, with the normalisation
 inside. The files are opened in torch and in onnxruntime, and see random images in batches of 1, 7 and 16. Shown is the
@@ -148,20 +148,23 @@ def watch(family: str, name: str, parameters: int, seconds: float) -> Row:
     return {**row, 'seconds': round(time.monotonic() - started, 1), 'note': '; '.join(notes)}
 
 
-def families() -> dict[str, list[str]]:
-    """The architectures of each family: ours by name (`cifar_resnet`, `cifar_shufflev1`, …), timm's by module. timm's
-    own `test_…` networks do not count."""
-    ours: dict[str, list[str]] = {}
-    for name in timm.list_models('cifar_*'):
-        ours.setdefault(re.match(r'cifar_([a-z]+v[12]$|[a-z]+)', name)[0], []).append(name)
-    modules = sorted(m for m in timm.list_modules() if hasattr(timm.models, m))
-    return {**ours, **{m: timm.list_models(module=m, exclude_filters='test_*') for m in modules}}
+def family(name: str) -> str:
+    """The family of an architecture: of ours its name without size, of timm's its module."""
+    ours = re.match(r'cifar_([a-z]+v[12]$|[a-z]+)', name)
+    return ours[0] if ours else timm.models.model_entrypoint(name).__module__.rpartition('.')[2]
 
 
-def smallest(names: list[str]) -> tuple[str, int] | None:
-    """The smallest of some architectures, and its number of parameters."""
-    sizes = {name: sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) for name in names}
-    return min(sizes.items(), key=lambda item: item[1], default=None)
+def smallest_of_each() -> list[str]:
+    """The smallest architecture of each family; timm's own `test_…` networks do not count."""
+    found: dict[str, tuple[int, str]] = {}
+    for name in timm.list_models(exclude_filters='test_*'):
+        of = family(name)
+        found[of] = min(found.get(of, (sys.maxsize, '')), (parameters_of(name), name))
+    return [name for _, name in found.values()]
+
+
+def parameters_of(name: str) -> int:
+    return sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
 
 
 def passes(row: Row) -> bool:
@@ -184,31 +187,27 @@ def table(rows: list[Row]) -> str:
 
 def run(args: argparse.Namespace) -> str:
     """Return the summary and the table as Markdown."""
-    known = families()
-    for name in args.families or ():
-        if name not in known:
-            raise UsageError(f'--families {name}: no module of timm or of ours{did_you_mean(name, known)}')
+    for name in args.architectures or ():
+        if not timm.is_model(name):
+            raise UsageError(f'--architectures {name}: unknown{did_you_mean(name, timm.list_models())}')
     warnings.simplefilter('ignore')
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / 'results.jsonl'
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rows = {r['family']: r for r in rows if versions().items() <= r.items() and (passes(r) or not args.retry)}
-    names = args.families or list(known)
+    rows = {r['architecture']: r for r in rows if versions().items() <= r.items() and (passes(r) or not args.retry)}
+    names = args.architectures or smallest_of_each()
     import onnxruntime  # noqa: F401  (once, and not in each process)
     import onnxscript  # noqa: F401
 
-    for i, family in enumerate(names, 1):
-        if family in rows:
+    for i, name in enumerate(names, 1):
+        if name in rows or (count := parameters_of(name)) > args.max_parameters * 1e6:
             continue
-        pick = smallest(known[family])
-        if pick is None or pick[1] > args.max_parameters * 1e6:
-            continue
-        row = rows[family] = watch(family, *pick, args.seconds)
+        row = rows[name] = watch(family(name), name, count, args.seconds)
         with file.open('a') as f:
             f.write(json.dumps(row) + '\n')
         verdict = 'ok' if passes(row) else 'FAILED'
-        print(f'{i}/{len(names)} {row["architecture"]}: {verdict}, {row["seconds"]} s  {row["note"]}', flush=True)
+        print(f'{i}/{len(names)} {name}: {verdict}, {row["seconds"]} s  {row["note"]}', flush=True)
     text = table([rows[name] for name in names if name in rows])
     (args.output / 'export.md').write_text(text, encoding='utf-8')
     return text
@@ -216,9 +215,7 @@ def run(args: argparse.Namespace) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='for results.jsonl and export.md')
-    parser.add_argument(
-        '--families', nargs='+', metavar='NAME', help="cifar_resnet, …, and timm's modules (default: all)"
-    )
+    parser.add_argument('--architectures', nargs='+', metavar='NAME', help='default: the smallest of each family')
     parser.add_argument('--seconds', type=float, default=300, help='for one architecture (default: 300)')
     parser.add_argument('--max-parameters', type=float, default=60, metavar='M', help='in millions (default: 60)')
     parser.add_argument('--threads', type=int, default=1, help="torch's, in each process (default: 1)")

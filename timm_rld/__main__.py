@@ -79,6 +79,12 @@ def data_settings() -> list[str]:
     return [name for name in taken_by('open_splits', 'check_data') if name != 'dataset']
 
 
+def export_settings() -> list[str]:
+    """The settings that an export takes as flags: those of an evaluation, but for what concerns GPUs, and for
+    `--jpeg-draft`, which no program that uses the file will have."""
+    return [name for name in marked('evaluation') if name not in ('mixed_precision', 'channels_last', 'jpeg_draft')]
+
+
 def dataset_of(args: argparse.Namespace) -> dict[str, Any]:
     """The setting that DIR_OR_DATASET stands for."""
     kind, sep, rest = args.target.partition('/')
@@ -137,7 +143,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write a model as a file for another runtime."""
-    from .export import export_file, export_settings
+    from .export import export_file
 
     export_file(args.model, format=args.format, output=args.output, with_preprocessing=args.with_preprocessing,
                 precision=args.precision, weights=args.weights, given=given_settings(args, export_settings()),
@@ -255,7 +261,7 @@ def _add_predict(verbs: Any) -> None:
     _add_model_choices(verb)
 
 
-def _add_export(verbs: Any, argv: list[str]) -> None:
+def _add_export(verbs: Any) -> None:
     verb = verbs.add_parser(
         'export', help='a model as a file for onnxruntime or torch alone, checked against it', allow_abbrev=False,
         description='Beside FILE lie FILE.json (labels, preprocessing, figures of the check) and FILE.py, a program '
@@ -274,10 +280,7 @@ def _add_export(verbs: Any, argv: list[str]) -> None:
                       help='share of images with the same top-1 that is enough (default: 0.999; int8 may lose a point '
                       'of accuracy instead)')  # fmt: skip
     verb.set_defaults(run=export)
-    if argv[:1] == ['export']:
-        from .export import export_settings
-
-        add_settings(verb.add_argument_group('data to check with, as for train_distill.py'), export_settings())
+    add_settings(verb.add_argument_group('data to check with, as for train_distill.py'), export_settings())
 
 
 def _add_weights(verb: Any) -> None:
@@ -353,7 +356,7 @@ def parse(argv: list[str]) -> None:
     _add_tune(verbs)
     _add_evaluate(verbs)
     _add_predict(verbs)
-    _add_export(verbs, argv)
+    _add_export(verbs)
     _add_report(verbs)
     _add_push(verbs)
     _add_cache(verbs)

@@ -5,7 +5,7 @@ check.py holds a file against the model, example.py is the program beside it, an
 """
 
 from .check import compare, faults
-from .export import FORMATS, PRECISIONS, export_file, export_settings
+from .export import FORMATS, PRECISIONS, export_file
 from .graph import Graph, OpenFile, trace
 
-__all__ = ['compare', 'export_file', 'export_settings', 'faults', 'FORMATS', 'Graph', 'OpenFile', 'PRECISIONS', 'trace']
+__all__ = ['compare', 'export_file', 'faults', 'FORMATS', 'Graph', 'OpenFile', 'PRECISIONS', 'trace']

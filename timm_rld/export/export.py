@@ -14,7 +14,7 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from ..config import Config, marked, resolve
+from ..config import Config, resolve
 from ..data import Source, open_splits
 from ..distributed import create_accelerator
 from ..engine import size_of
@@ -35,12 +35,6 @@ from .quantize import IMAGES, quantize
 FORMATS, PRECISIONS = ('onnx', 'pt2'), ('fp32', 'int8')
 _NAMES = {'last': 'student', 'best': 'student_best', 'ema': 'student_ema'}  # of a run's folders
 Log = Callable[[str], object]
-
-
-def export_settings() -> list[str]:
-    """Return the settings that an export takes: those of an evaluation, but for a GPU's, and for `jpeg_draft`, which no
-    program that uses the file will have."""
-    return [n for n in marked('evaluation') if n not in ('mixed_precision', 'channels_last', 'jpeg_draft')]
 
 
 @dataclass
@@ -120,12 +114,11 @@ def export_file(
     try:
         with writing(file):
             _write(plan, about, part)
-            side: dict[str, Any] = {
-                **about, 'weights': weights, 'format': format, 'bytes': part.stat().st_size, 'versions': versions(),
-                'check': None,
-            }  # fmt: skip
-            if plan.val is not None:
-                side['check'] = _check(plan, part, min_agreement, log)
+        side: dict[str, Any] = {
+            **about, 'weights': weights, 'format': format, 'bytes': part.stat().st_size, 'versions': versions(),
+            'check': None if plan.val is None else _check(plan, part, min_agreement, log),
+        }  # fmt: skip
+        with writing(file):
             _put(part, file, side, format)
     finally:
         part.unlink(missing_ok=True)
@@ -190,6 +183,7 @@ def _open_data(plan: Plan, given: dict[str, Any], check: bool, log: Log) -> Plan
         return plan
     config = evaluation_settings(opened, given, checks.BATCH)
     config.jpeg_draft = False  # no program that uses the file will have it
+    config.no_speed = bool(given.get('no_speed'))  # of the run it meant its own end
     try:
         val = open_validation_of(config, log) if check else None
         train = _open_training(plan, config, given) if plan.precision == 'int8' else None
