@@ -14,7 +14,7 @@ import yaml
 
 from ..config import flag_of, marked
 from ..errors import UserError
-from ..run_folder import RunFiles
+from ..run_folder import RunFiles, read_exports
 
 BEGIN = '<!-- timm_rld begins: what stands between these two lines is rewritten by each push -->'
 END = '<!-- timm_rld ends -->'
@@ -239,6 +239,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     lines += ['## Figures', '', f'On {part}the split {split} of {dataset}, each image counted once.', '',
               '| | |', '| --- | --- |', *(f'| {a} | {b} |' for a, b in rows), '',
               f'The weights here are {which}.', '', *size_and_speed(results)]  # fmt: skip
+    lines += exports_table(run)
     if has_curve:
         lines += ['![Loss and accuracy over the epochs](curve.png)', '']
     lines += ['## How it was made', '']
@@ -302,6 +303,25 @@ def size_and_speed(results: dict[str, Any]) -> list[str]:
         *(f'| {name} | {" | ".join(cells)} |' for name, cells in rows.items()), '',
         f'Calibration: on 15 bins of the confidence; the temperature is the one with the lowest loss.{device}', '',
     ]  # fmt: skip
+
+
+def exports_table(run: RunFiles) -> list[str]:
+    """Return a section on the exports that lie in a run folder; nothing where there are none."""
+    exports = read_exports(run.folder)
+    if not exports:
+        return []
+    head = '| file | weights | precision | MB | top-1 | same class as torch | largest difference of logits |'
+    lines = ['## Exports', '', head, '| --- ' * 7 + '|']
+    for e in exports:
+        check = e.about['check']
+        cells = ['not checked', '', '']
+        if check:
+            cells = [f'{check["top1"]["file"]:.2f} %', f'{100 * check["same_top1"]:.2f} %',
+                     f'{check["largest_difference"]:.2g}']  # fmt: skip
+        about = [_code(e.file.name), e.about['weights'], e.about['precision'], f'{e.about["bytes"] / 1e6:.1f}']
+        lines.append(f'| {" | ".join([*about, *cells])} |')
+    program = _code(f'python {exports[0].file.name}.py IMAGE')
+    return [*lines, '', f'Preprocessing and labels are in the files, and beside each as JSON; {program} uses one.', '']
 
 
 def usage(architecture: str, repo_id: str, in_chans: int = 3) -> list[str]:

@@ -19,7 +19,7 @@ from .. import metrics
 from ..config import FIELDS, Config, flag_of, resolve
 from ..errors import UserError
 from ..loss import published_defaults
-from ..run_folder import RunFiles
+from ..run_folder import RunFiles, read_exports
 from . import figures, plots
 from .figures import Array, Predictions
 from .images import Images, class_counts, data_config, first_images, read_facts
@@ -221,7 +221,7 @@ def verdict(r: Report) -> dict[str, Any]:
         tiles.append((f'{who}, top-1', _points(top1), note, who if who != 'without distillation' else 'third'))
     r.facts.update(images=count)
     differences = _differences(r)
-    return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r)) if t]}
+    return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r), _exports(r)) if t]}
 
 
 def _differences(r: Report) -> Table | None:
@@ -286,6 +286,21 @@ def _sizes(r: Report) -> Table | None:
         if rows
         else None
     )
+
+
+def _exports(r: Report) -> Table | None:
+    """The exports that lie in the run, with the figures of their checks."""
+    rows, device = [], ''
+    for export in read_exports(r.run.folder):
+        about, check = export.about, export.about['check'] or {}
+        cells = ['not checked', '', '']
+        if check:
+            same, ms = check['same_top1'], (check.get('latency_ms') or {}).get('file', {})
+            cells = [_points(check['top1']['file']), f'{100 * same:.2f} %', f'{ms["1"]:.2f} ms' if '1' in ms else '']
+            device = check.get('latency_device') or device
+        rows.append([export.file.name, about['weights'], about['precision'], f'{about["bytes"] / 1e6:.1f} MB', *cells])
+    columns = ['file', 'weights', 'precision', 'size#', 'top-1#', 'same class as torch#', 'an image#']
+    return Table(columns, rows, f'Exports{f" ({device})" if device else ""}') if rows else None
 
 
 # ---------------------------------------------------------------------------------------------------- right and wrong
