@@ -24,6 +24,7 @@ from timm_rld.pairing import (
     Normalize,
     Pair,
     Teacher,
+    close_teacher,
     create_normalize,
     forward_with_features,
     look_at_features,
@@ -175,9 +176,12 @@ def test_a_network_whose_maps_are_not_what_it_says_is_refused_with_the_reason(wh
 
 def test_a_closed_teacher_has_no_features(networks):
     pair = pair_of(networks['cifar_resnet8'], networks['cifar_resnet8'])
-    pair.teacher.answers = 'hard'
-    with pytest.raises(UserError, match='the teacher is closed: it answers with hard labels alone'):
+    pair.teacher = close_teacher(pair.teacher, 'hard')
+    with pytest.raises(UserError, match='the teacher is closed: it answers .hard., and shows no features'):
         create_features(pair, 'at')
+    flags = ['--teacher', 'resnet34', '--student', 'resnet18', '--feature-distill', 'at', '--black-box', 'soft']
+    with pytest.raises(UsageError, match='--feature-distill at with --black-box soft: a closed teacher answers'):
+        resolve(parse_args(flags))
 
 
 def test_looking_at_a_network_changes_nothing_in_it(networks):

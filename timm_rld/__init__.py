@@ -35,6 +35,8 @@ _PUBLIC = {
     'create_student': 'pairing',
     'create_teacher': 'pairing',
     'Pair': 'pairing',
+    'QueryTeacher': 'pairing',
+    'TeacherQuery': 'pairing',
     'Teacher': 'pairing',
     'DistillationTask': 'task',
     'MixedTarget': 'data',

@@ -18,6 +18,7 @@ from .errors import UserError
 from .loss import CRITERIA, DistillLoss, create_distill_loss
 from .loss.features import FEATURES, FeatureLoss, choose_stage, create_feature_loss, get_feature_method
 from .pairing import (
+    ClosedTeacher,
     MapPairs,
     Normalize,
     Pair,
@@ -26,7 +27,9 @@ from .pairing import (
     WithFeatures,
     create_normalize,
     forward_with_features,
+    in_distilled_training,
     look_at_features,
+    outputs_of_heads,
     pair_maps,
 )
 
@@ -36,8 +39,10 @@ class CachedLogits(Protocol):
     (:class:`timm_rld.cache.TeacherCache`, which says what each does)."""
 
     def logits(
-        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[[], Tensor] | None = None
+        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[..., Tensor] | None = None
     ) -> Tensor: ...
+
+    def missing(self, epoch: int, indices: Tensor) -> int: ...
 
     def flush(self) -> None: ...
 
@@ -115,8 +120,8 @@ def create_features(
     flag = f'--feature-distill {name}'
     if teacher is None:
         raise UserError(f'{flag}: needs a teacher')
-    if (answers := getattr(teacher, 'answers', None)) is not None:
-        raise UserError(f'{flag}: the teacher is closed: it answers with {answers} labels alone, and shows no features')
+    if isinstance(teacher, ClosedTeacher):
+        raise UserError(f'{flag}: the teacher is closed: it answers ({teacher.answers}), and shows no features')
     if stages and (not row.takes or 'stage' in options):
         why = 'takes pooled features, and no maps' if not row.takes else 'give these, or --feature-kwargs stage=N'
         raise UserError(f'--feature-stages {" ".join(stages)}: {name} {why}')
@@ -168,11 +173,18 @@ class DistillationTask(TrainingTask):
     Floating inputs are taken as normalised for the student, as in timm's own loop, and are turned into the teacher's
     normalisation.
 
+    A student with a distillation head gives the outputs of two heads in training, once timm's
+    ``student.set_distilled_training(True)`` is called. The cross-entropy then goes to the main head, the criterion to
+    the other (as in timm's TokenDistillationTask; Touvron et al., ICML 2021), and each needs a weight above 0 to learn.
+    Without a criterion the cross-entropy trains their mean, which is also what the student gives in evaluation.
+
     Args:
         student: the model to train.
-        teacher: a :class:`Teacher`, or a model (which is wrapped in one). None where nothing is distilled.
+        teacher: a :class:`Teacher`, or a model (which is wrapped in one), or one that can only be asked
+            (:class:`timm_rld.QueryTeacher`). None where nothing is distilled.
         criterion: from :func:`create_distill_loss`, or its name. None for cross-entropy alone.
-        task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row.
+        task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row
+            (cross-entropy that has the main head to itself: 1 where 0 is published).
         smoothing: label smoothing of the cross-entropy.
         class_weights: of the cross-entropy, `[C]`: the mean over a batch of weight[class] · CE. None: all 1.
         normalize: of the student; None for that of its `pretrained_cfg`.
@@ -189,7 +201,7 @@ class DistillationTask(TrainingTask):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | nn.Module | None,
+        teacher: Teacher | ClosedTeacher | nn.Module | None,
         criterion: DistillLoss | Callable[..., Tensor] | str | None = 'rld',
         *,
         task_loss_weight: float | None = None,
@@ -211,10 +223,11 @@ class DistillationTask(TrainingTask):
             criterion = None if criterion == 'none' else create_distill_loss(criterion)
         if criterion is not None and teacher is None and cache is None:
             raise ValueError('a distillation criterion needs a teacher')
-        if teacher is not None and not isinstance(teacher, Teacher):
+        if teacher is not None and not isinstance(teacher, (Teacher, ClosedTeacher)):
             teacher = Teacher(teacher)
         row = CRITERIA['none'] if criterion is None else CRITERIA.get(getattr(criterion, 'name', ''))
-        published = (row.task_weight, row.distill_weight, row.warmup_epochs) if row else (1.0, 1.0, 0)
+        defaults = row.defaults(distill_token=in_distilled_training(student)) if row else {}
+        published = tuple(defaults.values()) or (1.0, 1.0, 0)
         given = (task_loss_weight, distill_loss_weight, warmup_epochs)
         self.task_loss_weight, self.distill_loss_weight, self.warmup_epochs = (
             p if g is None else g for p, g in zip(published, given)
@@ -336,21 +349,41 @@ class DistillationTask(TrainingTask):
             return None, None
         teacher: Any = self.teacher  # None only beside a cache, which is not given compute() then
 
-        def pixels() -> Tensor:
-            return self.normalize.inverse(input) if input.is_floating_point() else input
+        def pixels(chosen: Tensor | None = None) -> Tensor:
+            images = input if chosen is None else input[chosen.to(input.device)]
+            return self.normalize.inverse(images) if images.is_floating_point() else images
 
         logits, features = (None, None) if self.features is None else teacher.with_features(pixels())
         if self.criterion is None:
             return None, features
 
-        def compute() -> Tensor:
-            return teacher(pixels()) if logits is None else logits
+        def compute(chosen: Tensor | None = None) -> Tensor:
+            if logits is None:
+                return teacher(pixels(chosen))
+            return logits if chosen is None else logits[chosen.to(logits.device)]
 
         if self.cache is None:
             return compute(), features
         if target is None or indices is None or epoch is None:
             raise ValueError('a cache of logits needs the classes and indices of the images, and the epoch')
         return self.cache.logits(epoch, indices, target, compute if teacher is not None else None), features
+
+    def _student_outputs(self, input: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The student's outputs `[B, C]` for the cross-entropy and for the criterion, those of its two heads or twice
+        the same; and its features, where they are distilled."""
+        output, features = self._ask_student(input if input.is_floating_point() else self.normalize(input))
+        main, distilled = outputs_of_heads(output)
+        if self.criterion is None and distilled is not main:
+            main = distilled = (main + distilled) / 2
+        return main, distilled, features
+
+    def _ask_student(self, x: Tensor) -> tuple[Any, list[Tensor]]:
+        """Return what the student gives, and its features."""
+        if self.features is None:
+            return self.trainable_module(x), []
+        if self._wrapped:
+            return self.trainable_module(x)
+        return forward_with_features(self.trainable_module, x, self.features.student)
 
     def forward(
         self,
@@ -371,14 +404,15 @@ class DistillationTask(TrainingTask):
         Returns:
             `loss` (for backward), `output` (student logits `[B, C]`), `task_loss` (cross-entropy), `kd_loss` (the
             criterion, before weight and ramp), `feature_loss` (the method on features, likewise) and the criterion's
-            diagnostics; all but `output` are 0-d.
+            diagnostics; all but `output` are 0-d. Of two heads `output` is the main one's, and `main_top1` and
+            `distill_top1` are the percentages that each has right.
         """
         if (self.criterion is not None and teacher_logits is None) or (self.features and teacher_features is None):
             logits_now, features_now = self.ask_teacher(input)
             teacher_logits = logits_now if teacher_logits is None else teacher_logits
             teacher_features = features_now if teacher_features is None else teacher_features
-        output, features = self._ask_student(input if input.is_floating_point() else self.normalize(input))
-        logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        output, distilled, features = self._student_outputs(input)
+        logits, distilled_logits = _in_float32(output), _in_float32(distilled)
         task_loss = _mixed(target, lambda index: self.task_criterion(logits, index))
         result = {'loss': self.task_loss_weight * task_loss, 'output': output, 'task_loss': task_loss.detach()}
         if self.feature_criterion is not None:
@@ -388,12 +422,14 @@ class DistillationTask(TrainingTask):
         criterion = self.criterion
         if criterion is None:
             return result
+        if distilled is not output:
+            result['main_top1'], result['distill_top1'] = _top1(output, target), _top1(distilled, target)
         if isinstance(target, MixedTarget) and not getattr(criterion, 'needs_target', True):
             target = target.a
         figures: list[dict[str, Tensor]] = []
 
         def distill(index: Tensor) -> Tensor:
-            loss = criterion(logits, teacher_logits, index)
+            loss = criterion(distilled_logits, teacher_logits, index)
             figures.append(getattr(criterion, 'diagnostics', {}))
             return loss
 
@@ -405,18 +441,21 @@ class DistillationTask(TrainingTask):
             result[name] = other.lerp(figure, target.lam) if isinstance(target, MixedTarget) else figure
         return result
 
-    def _ask_student(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the student's logits and, where features are distilled, its features."""
-        if self.features is None:
-            return self.trainable_module(x), []
-        if self._wrapped:
-            return self.trainable_module(x)
-        return forward_with_features(self.trainable_module, x, self.features.student)
-
 
 def _learned(criterion: Any) -> list[nn.Parameter]:
     """The parameters that a criterion learns, if it is a module."""
     return [p for p in criterion.parameters() if p.requires_grad] if isinstance(criterion, nn.Module) else []
+
+
+def _in_float32(logits: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _top1(logits: Tensor, target: Tensor | MixedTarget) -> Tensor:
+    """Percentage of a batch in which the highest logit is that of the class, 0-d."""
+    predicted = logits.detach().argmax(1)
+    return _mixed(target, lambda index: 100 * (predicted == index).float().mean())
 
 
 def _mixed(target: Tensor | MixedTarget, loss: Callable[[Tensor], Tensor]) -> Tensor:

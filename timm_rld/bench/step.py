@@ -293,7 +293,8 @@ class _Alone:
 
     def _ask(self, pixels: Tensor, features: bool = False) -> Tensor:
         with self.accelerator.autocast():
-            return self.teacher.with_features(pixels)[0] if features else self.teacher(pixels)
+            found: Tensor = self.teacher.with_features(pixels)[0] if features else self.teacher(pixels)
+            return found
 
     def _timed(self, part: str, steps: Sequence[Callable[[], Any]], count: bool) -> None:
         for step in steps:

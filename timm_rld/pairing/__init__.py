@@ -11,7 +11,21 @@ from .features import (
     look_at_features,
     pair_maps,
 )
+from .heads import enable_distilled_training, has_distillation_head, in_distilled_training, outputs_of_heads
 from .pair import Pair, audit, check_kwargs, create_pair, create_student, create_teacher, teacher_skeleton
+from .query import (
+    ClosedTeacher,
+    Queries,
+    QueryError,
+    QueryTeacher,
+    TeacherQuery,
+    asked_about,
+    check_answer,
+    close_teacher,
+    hard_rows,
+    load_query,
+    soft_rows,
+)
 from .teacher import (
     Normalize,
     Teacher,
@@ -36,10 +50,12 @@ from .weights import (
 )
 
 __all__ = [
-    'audit', 'build_model', 'check_accuracy', 'check_kwargs', 'constructor_arguments', 'create_normalize',
-    'create_pair', 'create_student', 'create_teacher', 'FeatureMap', 'Features', 'forward_with_features',
-    'has_batch_norm', 'has_fixed_size', 'least_teacher_accuracy',
-    'load_into', 'load_weights', 'look_at_features', 'look_up', 'MapPairs', 'match_classes', 'ModelInfo', 'Normalize',
-    'Pair', 'pair_maps', 'read_class_map', 'resize_mode', 'resized_to', 'Taps', 'Teacher', 'teacher_skeleton',
-    'to_memory_format', 'weights_digest', 'weights_file', 'WithFeatures',
+    'asked_about', 'audit', 'build_model', 'check_accuracy', 'check_answer', 'check_kwargs', 'close_teacher',
+    'ClosedTeacher', 'constructor_arguments', 'create_normalize', 'create_pair', 'create_student', 'create_teacher',
+    'enable_distilled_training', 'FeatureMap', 'Features', 'forward_with_features', 'hard_rows', 'has_batch_norm',
+    'has_distillation_head', 'has_fixed_size', 'in_distilled_training', 'least_teacher_accuracy', 'load_into',
+    'load_query', 'load_weights', 'look_at_features', 'look_up', 'MapPairs', 'match_classes', 'ModelInfo', 'Normalize',
+    'outputs_of_heads', 'Pair', 'pair_maps', 'Queries', 'QueryError', 'QueryTeacher', 'read_class_map', 'resize_mode',
+    'resized_to', 'soft_rows', 'Taps', 'Teacher', 'teacher_skeleton', 'TeacherQuery', 'to_memory_format',
+    'weights_digest', 'weights_file', 'WithFeatures',
 ]  # fmt: skip

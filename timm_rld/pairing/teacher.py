@@ -81,6 +81,7 @@ class Teacher(nn.Module):
         taps: the features that :meth:`with_features` gives; None where nobody asks for any.
     """
 
+    answers = 'logits'  # what it returns; a closed teacher gives less
     class_map: Tensor | None
 
     def __init__(
