@@ -185,7 +185,8 @@ def test_each_file_of_settings_is_read(code):
 
 # of timm's script, Slurm, mkdocs; and the example of CONTRIBUTING.md
 OTHERS = {
-    '--kd-model-name', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal', '--requeue', '--strict',
+    '--kd-model-name', '--kd-distill-type', '--kd-token-distill-type',
+    '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal', '--requeue', '--strict',
     '--label-noise',
 }  # fmt: skip
 

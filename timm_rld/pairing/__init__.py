@@ -1,6 +1,7 @@
 """Teacher and student: where they may differ, in classes, size, channels, normalisation and weights."""
 
 from .class_map import match_classes, read_class_map
+from .heads import enable_distilled_training, has_distillation_head, in_distilled_training, outputs_of_heads
 from .pair import Pair, audit, check_kwargs, create_pair, create_student, create_teacher, teacher_skeleton
 from .teacher import (
     Normalize,
@@ -27,7 +28,9 @@ from .weights import (
 
 __all__ = [
     'audit', 'build_model', 'check_accuracy', 'check_kwargs', 'constructor_arguments', 'create_normalize',
-    'create_pair', 'create_student', 'create_teacher', 'has_batch_norm', 'has_fixed_size', 'least_teacher_accuracy',
-    'load_into', 'load_weights', 'look_up', 'match_classes', 'ModelInfo', 'Normalize', 'Pair', 'read_class_map',
-    'resize_mode', 'resized_to', 'Teacher', 'teacher_skeleton', 'to_memory_format', 'weights_digest', 'weights_file',
+    'create_pair', 'create_student', 'create_teacher', 'enable_distilled_training', 'has_batch_norm',
+    'has_distillation_head', 'has_fixed_size', 'in_distilled_training', 'least_teacher_accuracy', 'load_into',
+    'load_weights', 'look_up', 'match_classes', 'ModelInfo', 'Normalize', 'outputs_of_heads', 'Pair',
+    'read_class_map', 'resize_mode', 'resized_to', 'Teacher', 'teacher_skeleton', 'to_memory_format',
+    'weights_digest', 'weights_file',
 ]  # fmt: skip
