@@ -100,9 +100,10 @@ class Profiled:
             torch.cuda.synchronize()
         self.profile.__exit__(*error)
         kind = torch.autograd.DeviceType.CUDA if self.on_gpu else torch.autograd.DeviceType.CPU
+        profiler: Any = self.profile.profiler
         # annotations (as of an optimizer's step) span what is within them, and what is not
         events = [
-            e for e in self.profile.profiler.kineto_results.events()
+            e for e in profiler.kineto_results.events()
             if e.device_type() == kind and not (hasattr(e, 'is_user_annotation') and e.is_user_annotation())
         ]  # fmt: skip
         self.idle = idle_share([(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events])

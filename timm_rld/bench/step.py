@@ -159,15 +159,13 @@ def bench_step(
     pair.teacher = Teacher(network.student, network.normalize, name=teacher)
     optimize_for_inference(pair, accelerator, config)
     criterion = choose_criterion(distill, False, {})[1]
-
     on_gpu = accelerator.device.type == 'cuda'
     batches = _batches(steps, batch_size, pair.data_config['input_size'], num_classes, pinned=on_gpu)
     alone = _Alone(pair, copy.deepcopy(criterion), batches, accelerator, config)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         loops, histories = _run_loops(pair, criterion, batches, alone, accelerator, config, Path(folder))
-        idle_time = math.nan
-        if idle or (idle is None and on_gpu):
-            idle_time = _run_watched(pair, criterion, batches, accelerator, config, Path(folder))
+        watched = on_gpu if idle is None else idle
+        idle_time = _run_watched(pair, criterion, batches, accelerator, config, Path(folder)) if watched else math.nan
     seconds = {
         f'student alone, with {distill} on logits in memory (S)': statistics.median(alone.times['student']),
         f'{distill} alone': statistics.median(alone.times['criterion']),
@@ -181,9 +179,7 @@ def bench_step(
     # its data come from memory
     spent = {p: sum(row[f'seconds_{p}'] for row in histories['online']) for p in PARTS if p != 'data'}
     return Found(
-        title=f'{teacher} → {student}, {img_size}×{img_size}, batch {batch_size}, {num_classes} classes, '
-        f'{accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32"}'
-        f'{", compiled" if torchcompile else ""}, {accelerator.device.type}',
+        title=_title(config, accelerator.device),
         seconds=seconds,
         online=_ratio(loops['online'], {part: alone.times[part][:count] for part in ('student', 'teacher')}, steps),
         cached=_ratio(loops['cached'], {'student': alone.times['student'][count:]}, steps),
@@ -191,6 +187,14 @@ def bench_step(
         batch_size=batch_size,
         folded=pair.teacher.folded,
         idle=idle_time,
+    )
+
+
+def _title(config: Config, device: torch.device) -> str:
+    precision = 'float32' if config.mixed_precision == 'no' else config.mixed_precision
+    return (
+        f'{config.teacher} → {config.student}, {config.img_size}×{config.img_size}, batch {config.batch_size}, '
+        f'{config.num_classes} classes, {precision}{", compiled" if config.torchcompile else ""}, {device.type}'
     )
 
 
