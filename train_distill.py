@@ -112,8 +112,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
         task = DistillationTask(
-            pair.student, pair.teacher, criterion, normalize=pair.normalize, cache=cache, features=features,
-            class_weights=class_weights, **config.arguments_of('DistillationTask'),
+            pair.student, pair.teacher if criterion or features else None, criterion, normalize=pair.normalize,
+            cache=cache, features=features, class_weights=class_weights, **config.arguments_of('DistillationTask'),
         )  # fmt: skip
         export = functools.partial(hub.export_model, data_config=pair.data_config, label_names=class_names)
         if config.push_to_hub and is_main:

@@ -123,6 +123,10 @@ def test_each_command_is_one_that_its_program_reads(code, tmp_path, monkeypatch)
                 check_tool(argv, monkeypatch)
             case ['python', script, *argv] if script.startswith('benchmarks/'):
                 check_benchmark([script, *argv])
+            case ['benchmarks/gpu.sh', output, *argv]:
+                check_benchmark(['benchmarks/gpu.py', '--output', output, *argv[argv[:1] == ['WHEELS'] :]])
+            case ['benchmarks/gpu_evidence.sh', _, _, epochs, *argv]:
+                assert epochs.isdigit() and parse_args(argv)
             case ['python', script, *_]:
                 assert (ROOT / script).is_file()
             case ['pip', 'install', '-e', what]:

@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.task import FeatureDistillationTask
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_distill
 from timm_rld import DistillationTask
@@ -241,6 +242,27 @@ def test_one_forward_pass_gives_logits_and_features_that_are_those_of_two(networ
         maps = model.forward_intermediates(x, intermediates_only=True)
         assert all(torch.equal(f, maps[i]) for f, i in zip(found, taps.indices))
         assert not taps.pooled or torch.allclose(found[-1], maps[-1].mean(dim=(2, 3)), atol=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name', ['cifar_resnet8', 'test_resnet'])
+def test_asking_for_maps_adds_no_operation_to_the_pass_of_a_convolutional_network(name, networks):
+    model, x = networks[name].eval(), torch.randn(2, *SIZE)
+    taps = create_features(pair_of(model, networks['cifar_resnet8']), 'at').student
+    with torch.no_grad(), Operations() as plain:
+        model(x)
+    with torch.no_grad(), Operations() as asked:
+        forward_with_features(model, x, taps)
+    assert asked.count == plain.count > 20
 
 
 def pixels_and_target(size: int = 32):

@@ -205,6 +205,8 @@ def optimizer_step(state: TrainState, group: Group, number: int, config: Config,
         task.update_ema(step=state.updates + 1)
         for values, count in group.results:
             state.means.add(values, count)
+    elif config.clip_grad is not None and accelerator.scaler is not None:
+        accelerator.scaler.update()  # the gradients were unscaled, which it takes once between two updates
     state.updates += 1
     optimizer.zero_grad()
     state.scheduler.step_update(state.updates)

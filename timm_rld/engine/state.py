@@ -72,6 +72,8 @@ class TrainState:
             task.compile()
         else:
             task.eval_model = task.trainable_module  # what evaluate() may call: not in DDP
+        if accelerator.scaler is not None:  # else the student began with the scale at which its teacher ended
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
         task.trainable_module, self.optimizer = accelerator.prepare(task.module_to_wrap(), optimizer)
         self.epoch, self.batch, self.updates = 1, 0, 0
         self.history: list[dict[str, float]] = []
