@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -65,10 +66,10 @@ class Graph(nn.Module):
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the notices of exporters and quantisers, which would stand between ours."""
-    before = logging.root.manager.disable
+    before, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter('ignore')
             yield
     finally:
