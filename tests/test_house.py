@@ -35,7 +35,7 @@ FLOORS = {
     'task': {'data', 'pairing', 'loss'},
     'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
     'hub': {'errors', 'offline', 'config', 'run_folder'},
-    'resume': {'errors', 'config', 'distributed', 'data', 'run_folder'},
+    'resume': {'errors', 'files', 'config', 'distributed', 'data', 'run_folder'},
     'runs': {'errors', 'files', 'metrics', 'config', 'loss'},
     'compare': {'errors', 'files', 'config', 'runs'},
     'tune': {'errors', 'files', 'config', 'data', 'loss', 'runs'},
