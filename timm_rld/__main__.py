@@ -31,11 +31,11 @@ LAUNCHER = "in place of python, e.g. 'accelerate launch --num_processes 2'"
 
 
 def list_things(what: str, pattern: str) -> None:
-    """Print criteria, models or recipes, a line each."""
-    if what == 'criteria':
-        from .loss import describe_criteria
+    """Print criteria, methods on features, models or recipes, a line each."""
+    if what in ('criteria', 'features'):
+        from .loss import describe_criteria, describe_features
 
-        print(describe_criteria())
+        print(describe_criteria() if what == 'criteria' else describe_features())
     elif what == 'models':
         from timm import list_models
 
@@ -201,7 +201,8 @@ def _add_compare(verbs: Any) -> None:
         description='The teacher is trained once and shared. After an interruption the same command continues.',
     )  # fmt: skip
     verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['none', 'kd', 'dkd', 'rld'],
-                      help="default: none kd dkd rld; options after a colon: 'rld:beta=2,temperature=1'")  # fmt: skip
+                      help='default: none kd dkd rld; options after a colon, features after a plus: '
+                      "'rld:beta=2,temperature=1', 'none+fitnet:stage=3'")  # fmt: skip
     verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2], help='default: 0 1 2')
     verb.add_argument('--output', metavar='DIR', default='output/compare', help='default: output/compare')
     verb.add_argument('--launcher', metavar='COMMAND', default='', help=LAUNCHER)
@@ -341,8 +342,8 @@ def _add_bench(verbs: Any, argv: list[str]) -> None:
 
 
 def _add_list(verbs: Any) -> None:
-    verb = verbs.add_parser('list', help='list criteria, models or recipes')
-    verb.add_argument('what', choices=('criteria', 'models', 'recipes'))
+    verb = verbs.add_parser('list', help='list criteria, methods on features, models or recipes')
+    verb.add_argument('what', choices=('criteria', 'features', 'models', 'recipes'))
     verb.add_argument('pattern', nargs='?', default='', help="of models, e.g. '*resnet*'")
     verb.set_defaults(run=lambda a: list_things(a.what, a.pattern))
 

@@ -177,17 +177,33 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
         'library_name': 'timm',
         'pipeline_tag': 'image-classification',
         'license': license,
-        'tags': ['image-classification', 'timm', 'distillation', results['distill'], 'timm_rld'],
+        'tags': ['image-classification', 'timm', 'distillation', *_methods(results), 'timm_rld'],
     }
     kind, _, hub_name = settings['dataset'].partition('/') if settings.get('dataset') else ('', '', '')
     if kind in ('hfds', 'hfids') and '/' in hub_name:
         header['datasets'] = [hub_name]
     teacher = settings.get('teacher') or ''
-    if teacher.startswith('hf-hub:') and results['distill'] != 'none':
+    if teacher.startswith('hf-hub:') and _methods(results) != ['none']:
         header['base_model'] = teacher.removeprefix('hf-hub:')
         header['base_model_relation'] = 'finetune'
     header['model-index'] = eval_results_to_model_index(name, evaluated)
     return header
+
+
+def _methods(results: dict[str, Any]) -> list[str]:
+    """Return what a run distilled by: a criterion, a method on features, or both; else `none` alone."""
+    both = results['distill'], results.get('feature_distill', 'none')
+    return [name for name in both if name != 'none'] or ['none']
+
+
+def _features(settings: dict[str, Any]) -> list[str]:
+    """Return a line about the method on features of a run, if there is one."""
+    if settings.get('feature_distill', 'none') == 'none':
+        return []
+    options = ', '.join(f'{k} {v}' for k, v in settings['feature_kwargs'].items()) or 'as published'
+    return [
+        f'- Features: `{settings["feature_distill"]}` (options: {options}), weight {settings["feature_loss_weight"]:g}.'
+    ]
 
 
 def chosen_metrics(run: RunFiles, weights: str) -> dict[str, float | None]:
@@ -210,11 +226,13 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         'best': f'those of epoch {metrics["epoch"]:.0f}, chosen as the best on the validation split itself',
         'ema': 'the moving average of the weights, after the last epoch',
     }[weights]
-    distilled, dataset = results['distill'] != 'none', _literal(_dataset(settings))
+    methods, dataset = _methods(results), _literal(_dataset(settings))
+    distilled = methods != ['none']
     lines = [BEGIN, '', f'# {repo_id.partition("/")[2] or repo_id}', '']
     taught_by = settings.get('teacher') or results.get('teacher') or ''
     if distilled:
-        learned = f'that learned from {_code(taught_by)} by `{results["distill"]}` distillation'
+        by = ' and '.join(f'`{m}`' for m in methods)
+        learned = f'that learned from {_code(taught_by)} by {by} distillation'
     else:
         learned = 'trained without distillation'
     lines += [f'`{config["architecture"]}` {learned} on {dataset}, with timm_rld.', '']
@@ -256,6 +274,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
             teacher,
             f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
             f'cross-entropy {settings["task_loss_weight"]:g}. {results.get("paper") or ""}'.rstrip(' '),
+            *_features(settings),
         ]
         if settings.get('distill_token'):
             lines.append(
