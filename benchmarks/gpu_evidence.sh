@@ -26,8 +26,8 @@ mkdir -p "$output"
 
 # as in the recipe, at 0.65, 0.78 and 0.9 of the epochs; its ramp of 5 of 60
 milestones=($((epochs * 65 / 100)) $((epochs * 78 / 100)) $((epochs * 9 / 10)))
-compare() {
-  "$python" -m timm_rld compare --output "$output/runs" --config "$root/configs/tiny100/resnet32x4_resnet8x4.yaml" \
+compare() { # in the place of a shell, so that a signal reaches it
+  exec "$python" -m timm_rld compare --output "$output/runs" --config "$root/configs/tiny100/resnet32x4_resnet8x4.yaml" \
     --dataset "hfds/$data" --mixed-precision "${MIXED_PRECISION:-bf16}" --teacher-cache "$output/cache" \
     --epochs "$epochs" --teacher-epochs "$epochs" --decay-milestones "${milestones[@]}" --no-speed "${flags[@]}" "$@"
 }

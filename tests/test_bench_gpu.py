@@ -219,6 +219,15 @@ def fake_python(tmp_path):
         if '--wheels' in sys.argv:
             print(os.environ.get('FAKE_WHEELS', ''), end='')
         if 'compare' in sys.argv:
+            if 'FAKE_SLEEP' in os.environ:
+                import signal, time
+                def told(*_):
+                    with open({str(tmp_path / 'told')!r}, 'a') as f:
+                        f.write('x')
+                    sys.exit(143)
+                signal.signal(signal.SIGTERM, told)
+                open({str(tmp_path / 'started')!r}, 'w').close()
+                time.sleep(60)
             folder = sys.argv[sys.argv.index('--output') + 1] + '/teacher'
             os.makedirs(folder, exist_ok=True)
             open(folder + '/results.json', 'w').close()
@@ -268,9 +277,21 @@ def test_the_comparison_trains_the_teacher_first_then_the_seeds_side_by_side(fak
     assert fake_python('gpu_evidence.sh', 'DATA', str(tmp_path / 'out'), '6x', code=2) == []
 
 
+def test_a_signal_to_the_comparison_reaches_its_runs_before_it_ends(fake_python, tmp_path):
+    env = {**os.environ, 'PYTHON': str(tmp_path / 'python'), 'FAKE_SLEEP': '1'}
+    script = subprocess.Popen([str(ROOT / 'benchmarks/gpu_evidence.sh'), 'DATA', str(tmp_path / 'out')], env=env)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / 'started').exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    script.terminate()
+    assert script.wait(60) == 143
+    assert (tmp_path / 'told').read_text() == 'x'
+
+
 @pytest.mark.slow
 def test_the_script_runs_on_a_cpu(tmp_path):
     command = [str(ROOT / 'benchmarks/gpu.sh'), str(tmp_path / 'out'), '--smoke', '--parts', 'loss', 'timm']
+    command += ['--limit', '300']  # of a busy machine
     done = subprocess.run(command, env={**os.environ, 'PYTHON': sys.executable}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / 'out' / 'gpu.json').read_text())

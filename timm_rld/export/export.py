@@ -48,6 +48,7 @@ class Plan:
         config: settings of the data that the file is checked on.
         accelerator: for the CPU, with the threads that the settings ask for.
         val: their validation split; None without a check.
+        outputs: of the model, for each class of that split; None where they are the same.
         train: images to calibrate with; None but for int8.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     config: Config
     accelerator: Accelerator | None = None
     val: Source | None = None
+    outputs: list[int] | None = None
     train: Source | None = None
 
 
@@ -104,7 +106,8 @@ def export_file(
     format = _check_arguments(format, output, precision, check, min_agreement)
     opened = open_model(name, weights)
     file = _target(opened, weights, format, precision, output)
-    plan = _open_data(Plan(opened, format, precision, with_preprocessing, weights, file, Config()), given, check, log)
+    plan = Plan(opened, format, precision, with_preprocessing, weights, file, Config(**given))
+    plan = _open_data(plan, given, check, log)
     plan.accelerator = create_accelerator(cpu=True, mixed_precision='no', cpu_threads=plan.config.cpu_threads)
     about = describe(
         opened.data_config, opened.class_names, architecture=opened.info.architecture, in_graph=with_preprocessing,
@@ -186,11 +189,12 @@ def _open_data(plan: Plan, given: dict[str, Any], check: bool, log: Log) -> Plan
     config.no_speed = bool(given.get('no_speed'))  # of the run it meant its own end
     try:
         val = open_validation_of(config, log) if check else None
+        outputs = None if val is None else output_of_each_class(opened, val.class_names, val.num_classes)
         train = _open_training(plan, config, given) if plan.precision == 'int8' else None
     except UserError as e:
         without = '' if plan.precision == 'int8' else ', --no-check exports without a check'
         raise UserError(f'{e}\n--data-dir D names the data to check with{without}') from e
-    return dataclasses.replace(plan, config=config, val=val, train=train)
+    return dataclasses.replace(plan, config=config, val=val, outputs=outputs, train=train)
 
 
 def _open_training(plan: Plan, config: Config, given: dict[str, Any]) -> Source:
@@ -257,20 +261,20 @@ def _check(plan: Plan, part: Path, min_agreement: float | None, log: Log) -> dic
     try:
         file = open_file(part, plan.format, torch.get_num_threads())
     except Exception as e:
-        raise UserError(f'{plan.file}: its own runtime cannot open it: {reason(e)} (--debug shows all)') from e
-    outputs = output_of_each_class(opened, val.class_names, val.num_classes)
+        return {'passed': False, 'faults': [f'its own runtime cannot open it ({reason(e)})']}
+    if checks.output_order(file.about['labels'], opened.class_names) is None:
+        return {'passed': False, 'faults': ['it has other labels than the model']}
     loader = evaluation_loader(opened, val, plan.config, plan.accelerator)
-    found = checks.compare(opened, outputs, file, loader)
-    size = {'torch': size_of(opened.model, opened.data_config['input_size'])['weights_mb'],
-            'file': round(part.stat().st_size / 1e6, 3)}  # fmt: skip
+    found = checks.compare(opened, plan.outputs, file, loader)
     absolute = plan.config.with_absolute_paths()
     data = absolute.dataset or absolute.data_dir
     found |= {
-        'data': 'the sample' if data is None else without_local_path(data),
-        'split': val.split, 'size_mb': size, 'runtime': file.runtime,
+        'data': 'the sample' if data is None else without_local_path(data), 'split': val.split,
+        'size_mb': {'torch': size_of(opened.model, opened.data_config['input_size'])['weights_mb'],
+                    'file': round(part.stat().st_size / 1e6, 3)},
+        'runtime': file.runtime,
     }  # fmt: skip
-    refused = any('error' in f for f in found['batches'].values())
-    if not plan.config.no_speed and not refused:
+    if not plan.config.no_speed and not any('error' in f for f in found['batches'].values()):
         found |= checks.latencies(opened, file)
     problems = checks.faults(found, plan.precision, min_agreement)
     log(checks.summary(found, plan.file.name))

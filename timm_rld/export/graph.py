@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,6 +63,19 @@ class Graph(nn.Module):
         return torch.zeros(batch, h, w, c, dtype=torch.uint8)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the notices of exporters and quantisers, which would stand between ours."""
+    before, nowhere = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(before)
+
+
 def trace(graph: Graph, input_size: Sequence[int]) -> torch.export.ExportedProgram:
     """Return a graph as a program of torch's operators, for batches of any size.
 
@@ -72,8 +88,7 @@ def trace(graph: Graph, input_size: Sequence[int]) -> torch.export.ExportedProgr
         Exception: of torch, with the reason, where the network cannot be traced.
     """
     batch = torch.export.Dim('batch')
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')
+    with quiet(), torch.no_grad():
         return torch.export.export(graph, (graph.example(input_size),), dynamic_shapes=({0: batch},), strict=False)
 
 

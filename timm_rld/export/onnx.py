@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
 from ..errors import UserError
-from .graph import IMAGES, LOGITS, PIXELS, About
+from .graph import IMAGES, LOGITS, PIXELS, About, quiet
 
 
 def require() -> None:
@@ -24,19 +20,6 @@ def require() -> None:
     missing = [p for p in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(p) is None]
     if missing:
         raise UserError(f"--format onnx: needs {', '.join(missing)}: pip install 'timm-rld[export]'; or --format pt2")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the notices of exporters and quantisers, which would stand between ours."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logging.disable(before)
 
 
 def write_onnx(program: ExportedProgram, file: Path, in_graph: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .onnx import quiet
+from .graph import quiet
 
 IMAGES = 512  # to calibrate with
 

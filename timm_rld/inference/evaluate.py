@@ -163,7 +163,7 @@ def evaluation_loader(opened: OpenModel, val: Source, config: Config, accelerato
     assert isinstance(config.workers, int) and config.validation_batch_size is not None  # resolve() fills them in
     transform = eval_transform(
         c['input_size'], interpolation=c['interpolation'], crop_pct=c['crop_pct'], crop_mode=c['crop_mode'],
-        jpeg_draft=config.jpeg_draft,
+        mean=c['mean'], jpeg_draft=config.jpeg_draft,
     )  # fmt: skip
     return Loader(
         val, transform, config.validation_batch_size, training=False, seed=config.seed,
