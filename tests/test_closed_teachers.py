@@ -226,6 +226,15 @@ def test_what_a_closed_teacher_cannot_do_is_refused(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('verb', ['compare', 'tune'])
+def test_a_comparison_with_a_criterion_that_it_cannot_have_is_refused_before_it_starts(verb, tmp_path, capsys):
+    from timm_rld.__main__ import main as tools
+
+    flags = [*TIMM, '--data-dir', '.', '--black-box', 'hard']
+    assert tools([verb, '--criteria', 'ce_teacher', 'kd', '--output', str(tmp_path / 'out'), *flags]) == 2
+    assert '--criteria kd: ' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
 def test_a_service_that_is_down_at_the_start_is_one_error(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('DOWN', str(tmp_path))
     assert main([*argv, '--experiment', 'x']) == 1
