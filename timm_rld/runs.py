@@ -39,13 +39,16 @@ class Variant:
     flags: tuple[str, ...]
 
 
-def parse_variant(text: str) -> Variant:
+def parse_variant(text: str, answers: str | None = None) -> Variant:
     """Return the variant that a text names: `rld`, or with options and weights
     `rld:beta=2,temperature=1,distill_warmup_epochs=1`, `kd:standardize=true`; after a plus sign a method on features,
     likewise: `rld+at`, `none+fitnet:stage=3,feature_loss_weight=50`.
 
+    Args:
+        answers: of a closed teacher, as `--black-box` has them.
+
     Raises:
-        UsageError: for an unknown criterion, method or option.
+        UsageError: for an unknown criterion, method or option, and a criterion that cannot be computed from such answers.
     """
     criterion, *features = re.split(r'\+(?=[a-z])', text)  # not that of 1e+3
     if len(features) > 1:
@@ -56,7 +59,7 @@ def parse_variant(text: str) -> Variant:
     ]
     try:
         config = parse_args(flags)
-        choose_criterion(config.distill, config.standardize, config.distill_kwargs)
+        choose_criterion(config.distill, config.standardize, config.distill_kwargs, answers)
         check_features(config.feature_distill, config.feature_kwargs, config.distill)
     except UsageError as e:
         raise UsageError(f'--criteria {text}: {str(e).partition(": ")[2]}') from e
