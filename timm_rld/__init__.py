@@ -34,6 +34,8 @@ _PUBLIC = {
     'Pair': 'pairing',
     'Teacher': 'pairing',
     'DistillationTask': 'task',
+    'Generator': 'models',
+    'mekd_loss': 'loss',
     'MixedTarget': 'data',
     'export_model': 'hub',
     'UserError': 'errors',

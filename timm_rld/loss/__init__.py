@@ -12,6 +12,15 @@ from .kd import KD, kd_loss
 from .la import LA, la_loss
 from .ldrld import LDRLD, local_relations_loss
 from .lr import LR, lr_loss
+from .mekd import (
+    MEKD,
+    adversarial_loss,
+    discriminator_loss,
+    information_loss,
+    mekd_loss,
+    mekd_losses,
+    top_probability,
+)
 from .mlkd import MLKD, mlkd_loss
 from .nkd import NKD, other_classes_loss, soft_target_loss
 from .normkd import NormKD, normkd_loss
@@ -32,11 +41,12 @@ from .ttm import TTM, ttm_loss
 from .wttm import WTTM, wttm_loss
 
 __all__ = [
-    'ABKD', 'abkd_loss', 'ATKD', 'atkd_loss', 'BiLD', 'bild_loss', 'choose_criterion', 'correction_loss',
-    'create_distill_loss', 'CRITERIA', 'CriterionInfo', 'CTKD', 'describe_criteria', 'DIST', 'DistillLoss', 'DKD',
-    'GDKD', 'get_criterion', 'group_losses', 'inter_class_loss', 'intra_class_loss', 'KD', 'kd_loss', 'Knob', 'LA',
-    'la_loss', 'LDRLD', 'local_relations_loss', 'LR', 'lr_loss', 'masked_correlation_loss', 'MLKD', 'mlkd_loss',
-    'NKD', 'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD', 'pld_loss',
-    'published_defaults', 'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'TTM',
+    'ABKD', 'abkd_loss', 'adversarial_loss', 'ATKD', 'atkd_loss', 'BiLD', 'bild_loss', 'choose_criterion',
+    'correction_loss', 'create_distill_loss', 'CRITERIA', 'CriterionInfo', 'CTKD', 'describe_criteria',
+    'discriminator_loss', 'DIST', 'DistillLoss', 'DKD', 'GDKD', 'get_criterion', 'group_losses', 'information_loss',
+    'inter_class_loss', 'intra_class_loss', 'KD', 'kd_loss', 'Knob', 'LA', 'la_loss', 'LDRLD', 'local_relations_loss',
+    'LR', 'lr_loss', 'masked_correlation_loss', 'MEKD', 'mekd_loss', 'mekd_losses', 'MLKD', 'mlkd_loss', 'NKD',
+    'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD', 'pld_loss', 'published_defaults',
+    'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'top_probability', 'TTM',
     'ttm_loss', 'WTTM', 'wttm_loss',
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from .kd import KD
 from .la import LA
 from .ldrld import LDRLD
 from .lr import LR
+from .mekd import MEKD
 from .mlkd import MLKD
 from .nkd import NKD
 from .normkd import NormKD
@@ -68,6 +69,9 @@ class CriterionInfo:
         epochs: of the published run, of which the ramp is a share.
         imagenet: flags that turn these values, which are those of CIFAR-100, into the published ones of ImageNet.
         not_standardized: why logit standardisation makes no sense with it; empty where it does.
+        generated: whether the student is trained on images of a generator alone, with neither images nor labels of the
+            dataset (:class:`timm_rld.mekd_task.MEKDTask`); ``cls`` then takes the generator beside its options.
+        settings: further settings of a run that have a default of their own with it, by name.
         knobs: what `timm-rld tune` searches.
     """
 
@@ -84,7 +88,14 @@ class CriterionInfo:
     epochs: int = 240
     imagenet: str = ''
     not_standardized: str = ''
+    generated: bool = False
+    settings: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     knobs: tuple[Knob, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss is a function of student's and teacher's logits (and the target) alone."""
+        return self.cls is not None and not self.generated
 
     @property
     def cited(self) -> str:
@@ -99,6 +110,7 @@ class CriterionInfo:
             task_loss_weight=self.task_weight,
             distill_loss_weight=self.distill_weight,
             distill_warmup_epochs=min(share, self.warmup_epochs),
+            **self.settings,
         )
 
     def standardized(self) -> CriterionInfo:
@@ -270,6 +282,15 @@ CRITERIA: dict[str, CriterionInfo] = {
             imagenet='--distill-kwargs temperature=1',
             knobs=(_TEMPERATURE, _TASK_WEIGHT),
         ),
+        _row(
+            'mekd', MEKD, 'what a generator makes of both logits; trained on generated images, without labels',
+            'Aligning Logits Generatively for Principled Black-Box Knowledge Distillation, Ma et al., CVPR', 2024,
+            options={
+                'temperature': 5.0, 'gen_temperature': 5.0, 'image_weight': 1.0, 'kl_weight': 1.0, 'norm': 'l1',
+            }, task_weight=0.0, not_standardized='its generator takes logits as they are',
+            generated=True, settings=MappingProxyType({'steps_per_epoch': 500, 'generator_epochs': 200}),
+            knobs=(_TEMPERATURE, Knob('image_weight', (0.1, 10)), Knob('kl_weight', (0.1, 10))),
+        ),
     )
 }  # fmt: skip
 
@@ -327,6 +348,8 @@ def describe_criteria() -> str:
                 f'{"":<{width}}  weights: task {row.task_weight:g}, distillation {row.distill_weight:g}{ramp}; '
                 f'options: {options}'
             )
+            if row.settings:
+                lines.append(f'{"":<{width}}  settings: ' + ', '.join(f'{k} {v}' for k, v in row.settings.items()))
             lines.append(f'{"":<{width}}  {row.cited}')
             if row.imagenet:
                 lines.append(f'{"":<{width}}  ImageNet: {row.imagenet}')
