@@ -32,6 +32,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     from timm_rld.cache import TeacherCache
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
     from timm_rld.loss import choose_criterion, published_defaults
+    from timm_rld.mekd_task import MEKDTask
     from timm_rld.resume import open_run
     from timm_rld.task import DistillationTask
 
@@ -50,8 +51,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     config.give(train_split=train_split.split, val_split=None if config.val_fraction else val_split.split)
     main_only(accelerator, lambda: data.first_look(train_split, val_split, config.on_bad_image, log))
     num_classes, class_names = train_split.num_classes, train_split.class_names
-    if criterion is not None:
-        criterion.check_classes(num_classes)
+    engine.check_data(criterion, train_split, config)
     config = resolve(config, accelerator.num_processes, train_split.images, published_defaults)
     for line in (*describe_derived(config), *data.describe_classes(train_split)):
         log(line)
@@ -106,7 +106,10 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
-        task = DistillationTask(
+        if info.generated:
+            rest = (pair, folder, train_loader, accelerator, config, checkpoints, class_names)
+            run_on['train_loader'] = engine.prepare_generator(criterion, *rest)
+        task = (MEKDTask if info.generated else DistillationTask)(
             pair.student, pair.teacher if criterion is not None else None, criterion, normalize=pair.normalize,
             cache=cache, class_weights=class_weights, **config.arguments_of('DistillationTask'),
         )  # fmt: skip

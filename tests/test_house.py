@@ -33,6 +33,7 @@ FLOORS = {
     'run_folder': {'errors', 'files'},
     # 3
     'task': {'data', 'pairing', 'loss'},
+    'mekd_task': {'data', 'loss', 'task'},
     'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
     'hub': {'errors', 'offline', 'config', 'run_folder'},
     'resume': {'errors', 'config', 'distributed', 'data', 'run_folder'},
@@ -46,6 +47,8 @@ FLOORS = {
         'metrics',
         'config',
         'distributed',
+        'models',
+        'loss',
         'data',
         'pairing',
         'run_folder',
@@ -68,7 +71,19 @@ FLOORS = {
     },
     'report': {'errors', 'files', 'metrics', 'config', 'loss', 'data', 'run_folder', 'cache'},
     # 6
-    'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
+    'bench': {
+        'errors',
+        'config',
+        'distributed',
+        'models',
+        'data',
+        'pairing',
+        'loss',
+        'task',
+        'mekd_task',
+        'cache',
+        'engine',
+    },
     # 7
     '__main__': {
         'errors',

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_models import fill, noise
 from torch import Tensor, nn
 
-from test_models import fill, noise
 from timm_rld import Generator, create_distill_loss, mekd_loss
 from timm_rld.loss import (
     adversarial_loss,

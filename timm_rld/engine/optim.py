@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import Config, warmup_epochs
 from ..errors import UsageError, UserError, did_you_mean
+from .mekd_settings import check_generated
 
 _FUSED = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')  # those of torch that have it on CPUs and GPUs
 
@@ -43,6 +44,7 @@ def check_settings(config: Config) -> None:
     cannot be had with these settings."""
     if config.student is None or (config.teacher is None and config.distill != 'none'):
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
+    check_generated(config)
     known = [str(name) for name in list_optimizers()]
     if config.opt.lower() not in known:
         raise UsageError(f'--opt {config.opt}: unknown optimizer{did_you_mean(config.opt, known)}')

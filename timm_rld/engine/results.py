@@ -16,6 +16,7 @@ from ..distributed import main_only, main_writes
 from ..pairing import Pair, teacher_skeleton, to_memory_format
 from ..task import DistillationTask
 from .checkpoint import Checkpoints, Damaged, Position, read_checkpoint
+from .generated import describe_generated
 from .predictions import Recorder, figures, gather, record, write_predictions
 from .speed import Network, latencies, size_of
 from .state import wants_channels_last
@@ -90,7 +91,8 @@ def describe_models(
         folder: of the run.
 
     Returns:
-        `student` and `teacher`: size (:func:`size_of`), speed (:func:`latencies`) and :func:`figures`.
+        `student` and `teacher`: size (:func:`size_of`), speed (:func:`latencies`) and :func:`figures`. Of a student
+        trained on generated images also `generator`: :func:`describe_generated`.
     """
     recorders: dict[str, Recorder] = {}
     if config.epochs:
@@ -102,10 +104,13 @@ def describe_models(
     if not config.no_predictions and 'student' in recorders:
         main_writes(accelerator, folder, write_predictions, folder / 'predictions.parquet', table, loader)
     sizes = main_only(accelerator, lambda: describe_size_and_speed(pair, accelerator, config, list(recorders)))
-    return {
+    found = {
         name: {**sizes[name], **figures(table, name, recorder.temperature, pair.num_classes)}
         for name, recorder in recorders.items()
     }
+    if (folder / 'generator').is_dir() and config.epochs:
+        found['generator'] = main_only(accelerator, lambda: describe_generated(pair, accelerator, config, folder))
+    return found
 
 
 def record_student(pair: Pair, loader: Loader, accelerator: Accelerator, config: Config) -> Recorder:

@@ -19,6 +19,7 @@ from .mekd import (
     information_loss,
     mekd_loss,
     mekd_losses,
+    to_pixels,
     top_probability,
 )
 from .mlkd import MLKD, mlkd_loss
@@ -47,6 +48,6 @@ __all__ = [
     'inter_class_loss', 'intra_class_loss', 'KD', 'kd_loss', 'Knob', 'LA', 'la_loss', 'LDRLD', 'local_relations_loss',
     'LR', 'lr_loss', 'masked_correlation_loss', 'MEKD', 'mekd_loss', 'mekd_losses', 'MLKD', 'mlkd_loss', 'NKD',
     'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD', 'pld_loss', 'published_defaults',
-    'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'top_probability', 'TTM',
-    'ttm_loss', 'WTTM', 'wttm_loss',
+    'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'to_pixels', 'top_probability',
+    'TTM', 'ttm_loss', 'WTTM', 'wttm_loss',
 ]  # fmt: skip

@@ -7,7 +7,6 @@ generator are here too.
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +86,15 @@ def centred(log_probs: Tensor) -> Tensor:
     return log_probs - log_probs.mean(dim=1, keepdim=True)
 
 
+def to_pixels(images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Images of a generator, `[B, channels, n, n]` in -1..1 → pixels in 0..255, resized to (H, W) where they have
+    another size (bilinear, antialiased). Gradients flow through."""
+    pixels = 127.5 * (images.float() + 1) if images.dtype != torch.float64 else 127.5 * (images + 1)
+    if size is not None and tuple(pixels.shape[-2:]) != tuple(size):
+        pixels = F.interpolate(pixels, size, mode='bilinear', antialias=True, align_corners=False)
+    return pixels
+
+
 class MEKD(DistillLoss):
     """Module face of :func:`mekd_loss`, for rows `[B, C]` of a teacher as a run has them.
 
@@ -96,6 +104,7 @@ class MEKD(DistillLoss):
 
     Attributes:
         generator: see above.
+        image_size: see :meth:`use`.
         answers: what the teacher's rows are: `logits`, `soft` (log-probabilities, which are centred) or `hard`
             (one-hot rows of 0 and 1).
     """
@@ -116,14 +125,27 @@ class MEKD(DistillLoss):
         self.kl_weight = check_weight('kl_weight', kl_weight)
         self.norm = check_choice('norm', norm, ('l1', 'l2'))
         self.answers = 'logits'
+        self.image_size: tuple[int, int] | None = None
         self.generator: nn.Module | None = None
         if generator is not None:
             self.use(generator)
 
-    def use(self, generator: nn.Module, answers: str = 'logits') -> None:
-        """Set the generator, and what the teacher's rows are."""
+    def use(self, generator: nn.Module, answers: str = 'logits', image_size: tuple[int, int] | None = None) -> None:
+        """Set the generator, what the teacher's rows are, and the (H, W) of :meth:`pixels`; None: the generator's."""
         self.generator = generator.requires_grad_(False).eval()
         self.answers = check_choice('answers', answers, ANSWERS)
+        self.image_size = image_size
+
+    @torch.no_grad()
+    def pixels(self, z: Tensor) -> Tensor:
+        """Noise `[B, C]` → the images made of it, pixels `[B, channels, H, W]` in 0..255, floating."""
+        return to_pixels(self._generator(z), self.image_size)
+
+    @property
+    def _generator(self) -> nn.Module:
+        if self.generator is None:
+            raise ValueError("MEKD: needs a generator: create_distill_loss('mekd', generator=…)")
+        return self.generator
 
     def train(self, mode: bool = True) -> MEKD:
         super().train(mode)
@@ -132,11 +154,9 @@ class MEKD(DistillLoss):
         return self
 
     def loss(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        if self.generator is None:
-            raise ValueError('MEKD: needs a generator: create_distill_loss("mekd", generator=…)')
         used = centred(teacher) if self.answers == 'soft' else teacher
         of_images, kl = mekd_losses(
-            student, used, self.generator, self.temperature, self.gen_temperature, self.norm
+            student, used, self._generator, self.temperature, self.gen_temperature, self.norm
         )  # fmt: skip
         agree = (student.argmax(dim=1) == teacher.argmax(dim=1)).to(student.dtype).mean()
         self.diagnostics = {'image_loss': of_images.detach(), 'kl_loss': kl.detach(), 'agreement': agree}
@@ -195,4 +215,4 @@ def top_probability(teacher: Tensor, answers: str = 'logits') -> Tensor:
     if answers == 'hard':
         return torch.ones_like(teacher[:, 0])
     log_probs = teacher if answers == 'soft' else F.log_softmax(teacher, dim=1)
-    return cast(Tensor, log_probs.amax(dim=1).exp())
+    return log_probs.amax(dim=1).exp()
