@@ -36,7 +36,7 @@ FLOORS = {
     'mekd_task': {'data', 'loss', 'task'},
     'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
     'hub': {'errors', 'offline', 'config', 'run_folder'},
-    'resume': {'errors', 'config', 'distributed', 'data', 'run_folder'},
+    'resume': {'errors', 'files', 'config', 'distributed', 'data', 'run_folder'},
     'runs': {'errors', 'files', 'metrics', 'config', 'loss'},
     'compare': {'errors', 'files', 'config', 'runs'},
     'tune': {'errors', 'files', 'config', 'data', 'loss', 'runs'},

@@ -94,7 +94,7 @@ def compare(
         )  # fmt: skip
         rows.append(dict(zip(_COLUMNS, values)))
     found = {
-        'teacher': config.teacher, 'student': config.student, 'epochs': resolve(config).epochs,
+        'teacher': config.teacher_name, 'student': config.student, 'epochs': resolve(config).epochs,
         'flags': shlex.join(flags), 'seeds': list(seeds), 'versions': versions, 'runs': rows, 'failed': failed,
         'criteria': summarize(rows, [v.label for v in variants]),
     }  # fmt: skip

@@ -26,20 +26,24 @@ class MEKDTask(DistillationTask):
         """The criterion."""
         return cast(MEKD, self.criterion)
 
-    def pixels(self, z: Tensor) -> Tensor:
+    def images(self, input: Tensor) -> Tensor:
         """Noise `[B, C, 1, 1]` → pixels `[B, channels, H, W]`. Those of the last noise are kept, so that a step makes
         them once."""
-        if self._made is None or self._made[0] is not z:
-            self._made = z, self.mekd.pixels(z.flatten(1))
+        if self._made is None or self._made[0] is not input:
+            self._made = input, self.mekd.pixels(input.flatten(1))
         return self._made[1]
 
     def teacher_logits(
         self, input: Tensor, target: Tensor | None = None, indices: Tensor | None = None, epoch: int | None = None
     ) -> Tensor:
-        """Return what the teacher answers to the images of noise `[B, C, 1, 1]`: rows `[B, C]`."""
+        """Return what the teacher answers to the images of noise `[B, C, 1, 1]`: rows `[B, C]`. Where it was asked
+        ahead (``cache``) target, indices and epoch are needed too."""
+        if self.cache is not None:
+            assert target is not None and indices is not None and epoch is not None
+            return self.cache.logits(epoch, indices, target)
         assert self.teacher is not None
         with torch.no_grad():
-            return self.teacher(self.pixels(input))
+            return self.teacher(self.images(input))
 
     def forward(
         self, input: Tensor, target: Tensor | MixedTarget | None = None, teacher_logits: Tensor | None = None
@@ -58,7 +62,7 @@ class MEKDTask(DistillationTask):
         """
         if teacher_logits is None:
             teacher_logits = self.teacher_logits(input)
-        output = self.trainable_module(self.normalize(self.pixels(input)))
+        output = self.trainable_module(self.normalize(self.images(input)))
         self._made = None
         logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
         kd_loss = self.mekd(logits, teacher_logits)

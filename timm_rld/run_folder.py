@@ -97,6 +97,11 @@ def teacher_is_trained(folder: Path, weights: Path) -> bool:
     return True
 
 
+def queries_in(folder: Path) -> int:
+    """Return how many images a closed teacher was asked about by the processes of a run, on this host."""
+    return sum(int(file.read_text(encoding='utf-8') or 0) for file in folder.glob('queries-*.txt'))
+
+
 def best_epoch(history: list[dict[str, float]], by: str = 'top1') -> int:
     """Return the first epoch of the highest validation `top1` or `macro` accuracy, or of the lowest `loss`."""
     sign = -1 if by == 'loss' else 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .data import MixedTarget
 from .data.replay import ReplayDataset
 from .loss import CRITERIA, DistillLoss, create_distill_loss
-from .pairing import Normalize, Teacher, create_normalize
+from .pairing import ClosedTeacher, Normalize, Teacher, create_normalize
 
 
 class CachedLogits(Protocol):
@@ -22,8 +22,10 @@ class CachedLogits(Protocol):
     (:class:`timm_rld.cache.TeacherCache`, which says what each does)."""
 
     def logits(
-        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[[], Tensor] | None = None
+        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[..., Tensor] | None = None
     ) -> Tensor: ...
+
+    def missing(self, epoch: int, indices: Tensor) -> int: ...
 
     def flush(self) -> None: ...
 
@@ -63,7 +65,8 @@ class DistillationTask(TrainingTask):
 
     Args:
         student: the model to train.
-        teacher: a :class:`Teacher`, or a model (which is wrapped in one). None where nothing is distilled.
+        teacher: a :class:`Teacher`, or a model (which is wrapped in one), or one that can only be asked
+            (:class:`timm_rld.QueryTeacher`). None where nothing is distilled.
         criterion: from :func:`create_distill_loss`, or its name. None for cross-entropy alone.
         task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row.
         smoothing: label smoothing of the cross-entropy.
@@ -79,7 +82,7 @@ class DistillationTask(TrainingTask):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | nn.Module | None,
+        teacher: Teacher | ClosedTeacher | nn.Module | None,
         criterion: DistillLoss | Callable[..., Tensor] | str | None = 'rld',
         *,
         task_loss_weight: float | None = None,
@@ -98,7 +101,7 @@ class DistillationTask(TrainingTask):
             criterion = None if criterion == 'none' else create_distill_loss(criterion)
         if criterion is not None and teacher is None and cache is None:
             raise ValueError('a distillation criterion needs a teacher')
-        if teacher is not None and not isinstance(teacher, Teacher):
+        if teacher is not None and not isinstance(teacher, (Teacher, ClosedTeacher)):
             teacher = Teacher(teacher)
         row = CRITERIA['none'] if criterion is None else CRITERIA.get(getattr(criterion, 'name', ''))
         published = (row.task_weight, row.distill_weight, row.warmup_epochs) if row else (1.0, 1.0, 0)
@@ -169,6 +172,10 @@ class DistillationTask(TrainingTask):
             self.criterion.compile(**kwargs)
         return self.trainable_module
 
+    def images(self, input: Tensor) -> Tensor:
+        """Return the images that the networks see of a loader's batch: here the batch itself."""
+        return input
+
     def teacher_logits(
         self, input: Tensor, target: Tensor | None = None, indices: Tensor | None = None, epoch: int | None = None
     ) -> Tensor | None:
@@ -185,8 +192,9 @@ class DistillationTask(TrainingTask):
 
         teacher: Any = self.teacher  # None only beside a cache, which is not given compute() then
 
-        def compute() -> Tensor:
-            return teacher(self.normalize.inverse(input) if input.is_floating_point() else input)
+        def compute(chosen: Tensor | None = None) -> Tensor:
+            images = input if chosen is None else input[chosen.to(input.device)]
+            return teacher(self.normalize.inverse(images) if images.is_floating_point() else images)
 
         if self.cache is None:
             return compute()

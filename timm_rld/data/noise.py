@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .replay import NOISE, derive_seed
 from .sampler import Step
+from .sources import Source
 
 
 class NoiseLoader:
@@ -43,6 +44,7 @@ class NoiseLoader:
     ) -> None:
         self.num_classes, self.batch_size, self.updates_per_epoch, self.seed = num_classes, batch_size, steps, seed
         self.rank, self.world, self.accum = rank, world, accum
+        self.source = Source(range(0), 'generated images', num_classes, None, True, 'RGB')  # for messages
         self.epoch, self.start = 1, 0
 
     def set_epoch(self, epoch: int, start: int = 0, augmentation_epoch: int | None = None) -> None:

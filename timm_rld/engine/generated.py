@@ -21,13 +21,14 @@ from ..data import Loader, NoiseLoader, Source
 from ..data.noise import noise
 from ..data.replay import SHOWN
 from ..distributed import main_only, main_writes
-from ..errors import UserError
+from ..errors import Stopped, UserError
 from ..files import sha256_of, write_atomic
 from ..loss import MEKD, DistillLoss, top_probability
 from ..metrics import collapse
 from ..models import Generator, generator_of
 from ..models.generator import check_size
-from ..pairing import Pair, load_weights, to_memory_format
+from ..pairing import ClosedTeacher, Pair, load_weights, to_memory_format
+from .asking import total_queries
 from .checkpoint import Checkpoints
 from .generator_training import LARGEST_IMAGES, read_images, spread, train_generator
 from .mekd_settings import GeneratorSettings
@@ -133,6 +134,25 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     return config
 
 
+def prepare_images(
+    criterion: DistillLoss | None,
+    pair: Pair,
+    folder: Path,
+    config: Config,
+    class_names: Sequence[str] | None = None,
+    *,
+    train_loader: Loader,
+    accelerator: Accelerator,
+    checkpoints: Checkpoints | None = None,
+    **_: Any,
+) -> Loader | NoiseLoader:
+    """Return the loader that a student is trained with: that of the training images, or with MEKD, after phase 1, one
+    of noise (:func:`prepare_generator`)."""
+    if not isinstance(criterion, MEKD):
+        return train_loader
+    return prepare_generator(criterion, pair, folder, train_loader, accelerator, config, checkpoints, class_names)
+
+
 def prepare_generator(
     criterion: MEKD,
     pair: Pair,
@@ -168,6 +188,7 @@ def prepare_generator(
     if made is None:
         generator, figures = _make_generator(pair, answers, folder, train_loader, accelerator, config, checkpoints)
         criterion.use(generator, answers, pair.image_size)
+        _check_budget(pair, accelerator, folder)
         figures |= main_only(accelerator, lambda: inspect_generator(criterion, pair, accelerator, config.seed, home))
         main_writes(accelerator, folder, write_generator, generator, home, figures)
     else:
@@ -186,6 +207,17 @@ def prepare_generator(
         pair.num_classes, config.batch_size, steps, seed=config.seed, accum=config.grad_accum_steps,
         rank=accelerator.process_index, world=accelerator.num_processes,
     )  # fmt: skip
+
+
+def _check_budget(pair: Pair, accelerator: Accelerator, folder: Path) -> None:
+    """Raise Stopped where `--max-queries` does not allow to look at what a generator makes."""
+    if isinstance(pair.teacher, ClosedTeacher) and (limit := pair.teacher.queries.limit) is not None:
+        used, needed = total_queries(pair.teacher, accelerator), images_to_inspect(pair.num_classes)
+        if used + needed > limit:
+            raise Stopped(
+                f'--max-queries: {used:,} are used, and looking at the generator needs {needed:,} more; '
+                f'accelerate launch train_distill.py --resume {folder} --max-queries N continues', 1
+            )  # fmt: skip
 
 
 def _make_generator(

@@ -15,10 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +29,8 @@ from ..distributed import all_reduce_max, main_writes, raise_on_all
 from ..errors import Stopped, UserError
 from ..loss import adversarial_loss, discriminator_loss, information_loss, to_pixels, top_probability
 from ..models import Discriminator, Generator
+from ..pairing import ClosedTeacher, asked_about
+from .asking import total_queries
 from .checkpoint import Checkpoint, Checkpoints, Position
 from .faults import StopSignals
 from .log import Means, write_rows
@@ -183,19 +186,23 @@ def train_generator(
     if accelerator.device.type == 'cuda':
         images = images.to(accelerator.device)
 
-    def stopped(batch: int | None) -> None:
-        if stop := all_reduce_max(accelerator, signals.received)[0]:
-            if batch is not None and checkpoints is not None:
-                state.save(checkpoints, batch)
-            raise Stopped(
-                f'stopped by {signal.Signals(stop).name} in epoch {state.epoch} of the generator; '
-                f'accelerate launch train_distill.py --resume {folder} continues', 128 + stop
-            )  # fmt: skip
+    def stop(why: str, code: int, batch: int | None, more: str = '') -> NoReturn:
+        if batch is not None and checkpoints is not None:
+            state.save(checkpoints, batch)
+        continues = f'accelerate launch train_distill.py --resume {folder}{more} continues'
+        raise Stopped(f'{why} in epoch {state.epoch} of the {PHASE}; {continues}', code)
+
+    def end_where_asked_to(batch: int | None) -> None:
+        if number := all_reduce_max(accelerator, signals.received)[0]:
+            stop(f'stopped by {signal.Signals(number).name}', 128 + number, batch)
 
     with StopSignals() as signals:
         while state.epoch <= settings.epochs:
             order.set_epoch(state.epoch, state.batch)
             for keys in order:
+                if not ask.allows(len(keys)):
+                    stop('--max-queries: too few are left for the next step; stopped', 1, state.batch,
+                         ' --max-queries N')  # fmt: skip
                 started = time.perf_counter()
                 real = images[[index for _, index in keys]].to(accelerator.device).float() / 127.5 - 1
                 step_seed = derive_seed(GENERATOR, seed, state.epoch, state.batch) & 0x7FFFFFFFFFFFFFFF
@@ -204,7 +211,7 @@ def train_generator(
                 state.seconds += time.perf_counter() - started
                 progress.step()
                 if state.batch < len(order):
-                    stopped(state.batch)
+                    end_where_asked_to(state.batch)
             row = state.summary_row()
             if not all(map(math.isfinite, row.values())):
                 raise UserError(
@@ -217,7 +224,7 @@ def train_generator(
             main_writes(accelerator, folder, write_rows, folder / f'{PHASE}.csv', state.history)
             if checkpoints is not None:
                 state.save(checkpoints, None)
-            stopped(None)
+            end_where_asked_to(None)
             state.epoch, state.batch = state.epoch + 1, 0
             state.start_epoch()
     if accelerator.num_processes > 1:  # on GPUs the last bits may differ
@@ -258,7 +265,7 @@ def generator_step(
     g_loss = adversarial = adversarial_loss(scores)
     figures = {'d_loss': d_loss, 'adversarial_loss': adversarial}
     if settings.info_weight:
-        answer = ask(images)
+        answer = ask(images, f'{m} generated images (phase 1, epoch {state.epoch}, batch {state.batch + 1})')
         if settings.info == 'coded':  # the published program looks at the images anew, with other dropout
             state.counts += torch.bincount(answer.argmax(dim=1), minlength=len(state.counts))
             with accelerator.autocast():
@@ -280,34 +287,58 @@ def generator_step(
 
 
 class Asked:
-    """The teacher as phase 1 asks it: each process asks about its part of the images, and all get all answers."""
+    """The teacher as phase 1 asks it: each process asks about its part of the images, and all get all answers.
+
+    Args:
+        teacher: pixels `[B, channels, H, W]` in 0..255 → rows `[B, C]`.
+        answers: what the rows are.
+        image_size: (H, W) of the pixels that it sees.
+    """
 
     def __init__(
         self, teacher: Callable[[Tensor], Tensor], answers: str, settings: GeneratorSettings, accelerator: Accelerator,
         image_size: tuple[int, int],
     ) -> None:  # fmt: skip
         self.teacher, self.answers, self.accelerator, self.image_size = teacher, answers, accelerator, image_size
-        self.needed = settings.info == 'coded' or answers != 'hard'
+        self.needed = bool(settings.info_weight) and (settings.info == 'coded' or answers != 'hard')
+        limit = teacher.queries.limit if isinstance(teacher, ClosedTeacher) else None
+        self.left = None if limit is None or not self.needed else limit - total_queries(teacher, accelerator)
+
+    def allows(self, images: int) -> bool:
+        """Return whether `--max-queries` leaves enough to ask about so many images."""
+        if self.left is None:
+            return True
+        self.left -= images
+        return self.left >= 0
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return the rows `[m, C]` of generated images; of hard answers, where they do not matter, an empty tensor."""
+    def __call__(self, images: Tensor, about: str = '') -> Tensor:
+        """Return the rows `[m, C]` of generated images; where answers do not matter, an empty tensor.
+
+        Raises:
+            UserError: on every process, where no answer comes to one.
+        """
         if not self.needed:
             return images.new_empty(0)
-        pixels = to_pixels(images.detach(), self.image_size)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        parts = pixels.tensor_split(world)
-        with self.accelerator.autocast():
-            mine = self.teacher(parts[rank]).float() if len(parts[rank]) else None
-        if world == 1:
-            assert mine is not None
+        pixels, rank = to_pixels(images.detach(), self.image_size), self.accelerator.process_index
+        parts = pixels.tensor_split(self.accelerator.num_processes)
+        mine, errors = pixels.new_empty(0, 0), []
+        try:
+            if len(parts[rank]):
+                with self.accelerator.autocast(), asked_about(about):
+                    mine = self.teacher(parts[rank]).float()
+        except UserError as e:
+            errors = [str(e)]
+        if len(parts) == 1:
+            if errors:
+                raise UserError(errors[0])
             return mine
-        sizes = torch.tensor([0 if mine is None else mine.shape[1]], device=images.device)
-        torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MAX)
-        rows = torch.zeros(len(images), int(sizes), device=images.device)
-        if mine is not None:
-            first = sum(len(part) for part in parts[:rank])
-            rows[first : first + len(mine)] = mine
+        found = gather_object([(errors, mine.shape[1])])
+        if failed := [error for errors, _ in found for error in errors]:
+            raise UserError(failed[0])
+        rows = torch.zeros(len(images), max(width for _, width in found), device=images.device)
+        first = sum(len(part) for part in parts[:rank])
+        rows[first : first + len(mine)] = mine.reshape(-1, rows.shape[1])
         torch.distributed.all_reduce(rows)
         return rows
 

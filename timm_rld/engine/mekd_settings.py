@@ -78,6 +78,10 @@ def check_generated(config: Config) -> None:
         raise UsageError(f'--class-weights with {flag}: weighs the cross-entropy of labels, and there are none')
     if config.teacher_cache is not None:
         raise UsageError(f'--teacher-cache with {flag}: generated images never come again; leave one of the two out')
+    if config.teacher_answers is not None:
+        raise UsageError(
+            f'--teacher-answers with {flag}: a file has no answers for generated images; --teacher-query asks for them'
+        )
     for name in ('mixup', 'cutmix', 'cutmix_minmax'):
         if getattr(config, name):
             raise UsageError(f'{flag_of(name)} with {flag}: the student sees generated images alone; leave it out')

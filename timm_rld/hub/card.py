@@ -212,8 +212,9 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     }[weights]
     distilled, dataset = results['distill'] != 'none', _literal(_dataset(settings))
     lines = [BEGIN, '', f'# {repo_id.partition("/")[2] or repo_id}', '']
+    taught_by = settings.get('teacher') or results.get('teacher') or ''
     if distilled:
-        learned = f'that learned from {_code(settings["teacher"])} by `{results["distill"]}` distillation'
+        learned = f'that learned from {_code(taught_by)} by `{results["distill"]}` distillation'
     else:
         learned = 'trained without distillation'
     lines += [f'`{config["architecture"]}` {learned} on {dataset}, with timm_rld.', '']
@@ -243,7 +244,9 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     lines += ['## How it was made', '']
     if distilled:
         options = ', '.join(f'{k} {v}' for k, v in results['distill_options'].items()) or 'none'
-        teacher = f'- Teacher: {_code(settings["teacher"])}'
+        teacher = f'- Teacher: {_code(taught_by)}'
+        if answers := settings.get('black_box'):
+            teacher += f', of which nothing was used but its {"probabilities" if answers == "soft" else "classes"}'
         if results.get('teacher_sha256'):
             teacher += f', SHA-256 of its weights `{results["teacher_sha256"][:16]}…`'
         if settings.get('teacher_epochs'):

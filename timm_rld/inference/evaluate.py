@@ -122,7 +122,13 @@ def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, 
         teacher = str(opened.run / 'teacher')  # it was trained there
     size = batch_size or (run or base).validation_batch_size
     base = dataclasses.replace(base, **given, validation_batch_size=size, report_to=(), sync_bn=False, resume=None)
-    config = resolve(base)
+    if teacher is not None and run is not None and teacher == run.teacher_name != run.teacher:
+        raise UsageError(
+            f'--teacher {teacher}: the teacher of {opened.name} can only be asked, and is not asked for an evaluation; '
+            'its answers for the validation images are in predictions.parquet of the run'
+        )
+    closed = taken_by('load_query', 'QueryTeacher', 'AnswersFile', 'asking')
+    config = resolve(dataclasses.replace(base, **Config().pick(*closed)))  # a network is evaluated as it is
     config.teacher = teacher and model_name(teacher, '--teacher')
     config.teacher_pretrained = True
     config.in_chans = opened.data_config['input_size'][0]

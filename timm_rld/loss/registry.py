@@ -16,6 +16,7 @@ from ._base import DistillLoss
 from .abkd import ABKD
 from .atkd import ATKD
 from .bild import BiLD
+from .ce_teacher import CETeacher
 from .ctkd import CTKD
 from .dist import DIST
 from .dkd import DKD
@@ -72,6 +73,8 @@ class CriterionInfo:
         generated: whether the student is trained on images of a generator alone, with neither images nor labels of the
             dataset (:class:`timm_rld.mekd_task.MEKDTask`); ``cls`` then takes the generator beside its options.
         settings: further settings of a run that have a default of their own with it, by name.
+        answers: what it can be computed from: the teacher's `logits`; log-probabilities, which are the logits up to a
+            constant of each row (`soft`); one-hot rows of the teacher's class (`hard`).
         knobs: what `timm-rld tune` searches.
     """
 
@@ -90,6 +93,7 @@ class CriterionInfo:
     not_standardized: str = ''
     generated: bool = False
     settings: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    answers: tuple[str, ...] = ('logits', 'soft')
     knobs: tuple[Knob, ...] = ()
 
     @property
@@ -132,6 +136,7 @@ def _row(*args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Cr
     return CriterionInfo(*args, **{**kwargs, 'options': MappingProxyType(options or {})})
 
 
+_ANY = ('logits', 'soft', 'hard')
 _SCALED = 'it scales the logits already'
 
 _TEMPERATURE = Knob('temperature', (0.25, 2))
@@ -145,7 +150,7 @@ CRITERIA: dict[str, CriterionInfo] = {
     for row in (
         _row(
             'none', None, 'no distillation: cross-entropy alone', '', None, distill_weight=0.0,
-            not_standardized='it distils nothing',
+            not_standardized='it distils nothing', answers=_ANY,
         ),
         _row(
             'rld', RLD, 'refined logits: sample confidence + masked correlation',
@@ -184,7 +189,7 @@ CRITERIA: dict[str, CriterionInfo] = {
             'lr', LR, 'label revision: logits where the teacher is right, revised labels where it is wrong',
             'Improve Knowledge Distillation via Label Revision and Data Selection, Lan et al.', 2024,
             options={'lambda1': 4.0, 'lambda2': 1.0, 'eta': 0.8}, task_weight=0.0,
-            not_standardized='it compares raw logits',
+            not_standardized='it compares raw logits', answers=('logits',),
             knobs=(Knob('lambda1', (0.1, 3)), Knob('lambda2', (0.1, 10))),
         ),
         _row(
@@ -288,8 +293,15 @@ CRITERIA: dict[str, CriterionInfo] = {
             options={
                 'temperature': 5.0, 'gen_temperature': 5.0, 'image_weight': 1.0, 'kl_weight': 1.0, 'norm': 'l1',
             }, task_weight=0.0, not_standardized='its generator takes logits as they are',
-            generated=True, settings=MappingProxyType({'steps_per_epoch': 500, 'generator_epochs': 200}),
+            answers=_ANY, generated=True, settings=MappingProxyType({'steps_per_epoch': 500, 'generator_epochs': 200}),
             knobs=(_TEMPERATURE, Knob('image_weight', (0.1, 10)), Knob('kl_weight', (0.1, 10))),
+        ),
+        _row(
+            'ce_teacher', CETeacher, "cross-entropy with the teacher's class, without labels",
+            'hard distillation in Training data-efficient image transformers & distillation through attention, '
+            'Touvron et al., ICML', 2021,
+            task_weight=0.0, not_standardized='of the teacher it takes the class alone', answers=_ANY,
+            knobs=(_TASK_WEIGHT, _WEIGHT),
         ),
     )
 }  # fmt: skip
@@ -316,23 +328,39 @@ def published_defaults(name: str, standardize: bool, epochs: int) -> dict[str, A
     return get_criterion(name, standardize).defaults(epochs)
 
 
-def choose_criterion(name: str, standardize: bool, options: dict[str, Any]) -> tuple[CriterionInfo, DistillLoss | None]:
+def choose_criterion(
+    name: str, standardize: bool, options: dict[str, Any], answers: str | None = None
+) -> tuple[CriterionInfo, DistillLoss | None]:
     """Return the row of a run with the options that it will have, and its criterion; None where nothing is distilled.
 
     Args:
-        name, standardize, options: as `--distill`, `--standardize` and `--distill-kwargs` have them.
+        name, standardize, options, answers: as `--distill`, `--standardize`, `--distill-kwargs` and `--black-box` have
+            them.
 
     Raises:
-        UsageError: as :func:`get_criterion` and :func:`create_distill_loss`.
+        UsageError: as :func:`get_criterion` and :func:`create_distill_loss`; where the criterion cannot be computed
+            from what the teacher answers.
     """
     try:
         row = get_criterion(name, standardize)
+        if answers and answers not in row.answers:
+            raise ValueError(f'with --black-box {answers}: {_why_not(answers)}')
         row = replace(row, options=MappingProxyType({**row.options, **options}))
         left = {k for k in row.fitted if k not in options}
         given = {k: v for k, v in row.options.items() if k not in left}
         return row, create_distill_loss(name, **given) if row.cls or options else None
     except ValueError as e:
         raise UsageError(f'--distill {name}: {e}') from e
+
+
+def _why_not(answers: str) -> str:
+    if answers == 'soft':
+        return 'it compares raw logits, which probabilities give only up to a constant of each row'
+    others = ' or '.join(name for name, row in CRITERIA.items() if answers in row.answers and row.cls)
+    return (
+        'of a class alone nothing is left of what it compares (doubt, the order of the other classes); '
+        f'--distill {others} takes classes'
+    )
 
 
 def describe_criteria() -> str:
