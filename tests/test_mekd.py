@@ -26,12 +26,13 @@ from timm_rld.engine.generated import read_generator, write_generator
 from timm_rld.engine.generator_training import read_images, train_generator
 from timm_rld.engine.mekd_settings import GeneratorSettings
 from timm_rld.errors import UserError
-from timm_rld.loss import choose_criterion, published_defaults
+from timm_rld.loss import choose_criterion, discriminator_loss, published_defaults
 from timm_rld.mekd_task import MEKDTask
 from timm_rld.metrics import collapse
+from timm_rld.models import Discriminator
 from train_distill import main
 
-SMALL = ['--generator-kwargs', 'img_size=16', 'batch_size=8']
+SMALL = ['--generator-kwargs', 'batch_size=8']
 
 
 def flags_of(folder: Path, teacher: Path, output: Path) -> list[str]:
@@ -203,10 +204,10 @@ def whole(folder, trained_teacher, stable, tmp_path_factory) -> tuple[Path, list
 def test_a_run_leaves_a_generator_its_figures_and_pictures(whole):
     run, _, said = whole
     assert '--train-fraction 0.5: 21 images of 41' in said
-    assert 'on 21 images of 16×16, whose labels are not read' in said and 'generator epoch 2/2' in said
+    assert 'on 21 images of 32×32, whose labels are not read' in said and 'generator epoch 2/2' in said
     assert 'classes occur, entropy' in said
     config = json.loads((run / 'generator' / 'config.json').read_text())
-    assert (config['num_classes'], config['img_size'], config['in_chans']) == (3, 16, 3)
+    assert (config['num_classes'], config['img_size'], config['in_chans']) == (3, 32, 3)
     rows = list(csv.DictReader((run / 'generator.csv').open(encoding='utf-8')))
     assert len(rows) == 2 and {'d_loss', 'g_loss', 'd_real', 'd_fake', 'entropy', 'teacher_confidence'} <= set(rows[0])
     student = list(csv.DictReader((run / 'summary.csv').open(encoding='utf-8')))
@@ -217,7 +218,7 @@ def test_a_run_leaves_a_generator_its_figures_and_pictures(whole):
     assert 0 <= found['agreement'] <= 100 and len(found['shown']) == 40 and len(found['shown'][0]) == 4
     assert found['d_real'] == pytest.approx(float(rows[-1]['d_real']), rel=1e-4)
     with Image.open(run / 'generated.png') as picture:
-        assert picture.size == (10 * 16, 4 * 16)
+        assert picture.size == (10 * 32, 4 * 32)
 
 
 def test_without_labels_the_run_is_the_same(stable, whole, folder, tmp_path):
@@ -240,7 +241,7 @@ def test_without_labels_the_run_is_the_same(stable, whole, folder, tmp_path):
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_run_that_is_stopped_in_either_phase_ends_as_the_one_that_was_not(stable, whole, tmp_path, phase, processes):
     run, argv, _ = whole
-    argv = [*argv, '--output', str(tmp_path), '--generator-epochs', '40', '--epochs', '20', '--steps-per-epoch', '2']
+    argv = [*argv, '--output', str(tmp_path), '--generator-epochs', '8', '--epochs', '8', '--steps-per-epoch', '2']
     if processes == 2:
         argv += ['--batch-size', '4']
     stable.run([*argv, '--experiment', 'whole'], tmp_path / 'whole.log', processes)
@@ -302,6 +303,44 @@ def test_a_generator_that_was_damaged_is_named(whole, tmp_path, capsys):
     assert f'is damaged or gone; delete {tmp_path}/run/generator to make it again' in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------------------------------ closed teachers
+
+
+@pytest.mark.parametrize('answers', ['soft', 'hard'])
+def test_a_closed_teacher_is_asked_about_generated_images_and_each_of_them_counts(flags, tmp_path, answers):
+    assert main([*flags, '--black-box', answers, '--experiment', 'run']) == 0
+    results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+    phase_1 = 2 * 21 if answers == 'soft' else 0  # a class alone says nothing of how sure the teacher is
+    assert results['queries'] == 20 + phase_1 + 256 + 2 * 3 * 8
+    assert results['models']['generator']['answers'] == answers
+    assert results['models']['generator']['teacher_confidence'] == 1 or answers == 'soft'
+
+
+def test_a_budget_ends_either_phase_with_a_checkpoint_and_a_larger_one_goes_on(flags, tmp_path, capsys):
+    flags = [*flags, '--black-box', 'soft', '--epochs', '1', '--experiment']
+    assert main([*flags, 'whole']) == 0
+    argv = [*flags, 'run', '--resume', 'auto', '--max-queries']
+    for budget, said in ((30, 'of the generator'), (200, 'looking at the generator'), (370, 'of the student')):
+        assert main([*argv, str(budget)]) == 1
+        err = capsys.readouterr().err
+        assert '--max-queries' in err and said in err and 'continues' in err
+    assert main([*argv, '1000']) == 0
+    assert digests(tmp_path / 'run') == digests(tmp_path / 'whole')
+    queries = [json.loads((tmp_path / r / 'results.json').read_text())['queries'] for r in ('run', 'whole')]
+    assert queries[0] == queries[1] + 3 * 20  # the validation images again in each process
+
+
+def test_a_function_is_asked_about_generated_images_ahead_of_their_step(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv('ASKED', str(tmp_path / 'asked'))
+    at = flags.index('--teacher')
+    flags = [*flags[:at], *flags[at + 2 :], '--teacher-query', 'closed_teachers:ask', '--experiment']
+    for name, workers in (('one', '0'), ('ahead', '2')):
+        assert main([*flags, name, '--query-workers', workers]) == 0
+    assert digests(tmp_path / 'one') == digests(tmp_path / 'ahead')
+    results = json.loads((tmp_path / 'one' / 'results.json').read_text())
+    assert results['queries'] == 16 + 20 + 2 * 21 + 256 + 2 * 3 * 8
+
+
 # ------------------------------------------------------------------------------------------------------------ phase 1
 
 
@@ -309,14 +348,14 @@ def test_a_generator_that_was_damaged_is_named(whole, tmp_path, capsys):
 @pytest.mark.parametrize('answers', ['logits', 'hard'])
 def test_phase_1_asks_the_teacher_only_where_its_answer_matters(info, answers, tmp_path):
     accelerator = create_accelerator()
-    images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
+    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
     teacher, asked = Fixed(answers), []
 
     def ask(pixels):
         asked.append(pixels)
         return teacher(pixels)
 
-    settings = GeneratorSettings(epochs=2, batch_size=8, info=info, img_size=16)
+    settings = GeneratorSettings(epochs=2, batch_size=8, info=info)
     generator, history = train_generator(
         images, ask, answers, settings, accelerator, num_classes=5, image_size=(24, 24), seed=0, folder=tmp_path
     )
@@ -336,6 +375,21 @@ def test_phase_1_reads_each_image_as_the_student_sees_it(folder):
     with Image.open(train.path(4)) as image:
         same = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     assert np.array_equal(images[4].numpy(), same)
+
+
+def test_a_discriminator_learns_at_32_pixels_and_cannot_at_16():
+    """At 16 its last batch norm is over single pixels of the batch, so that the mean score is the same of any batch."""
+    for size, learns in ((32, True), (16, False)):
+        torch.manual_seed(0)
+        real, fake = (0.6 * torch.randn(16, 3, size, size)).clamp(-1, 1), 0.1 * torch.randn(16, 3, size, size)
+        discriminator = Discriminator(size).train()
+        optimizer = torch.optim.Adam(discriminator.parameters(), 1e-3, (0.5, 0.999))
+        for _ in range(30):
+            loss = discriminator_loss(discriminator(real), discriminator(fake))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert (loss.item() < 0.5) == learns and (learns or loss.item() == pytest.approx(2 * np.log(2), abs=1e-3))
 
 
 @pytest.mark.parametrize(
@@ -369,11 +423,13 @@ def test_a_collapse_is_said_with_what_to_try(counts, said):
         (['--reprob', '0.2'], '--reprob with --distill mekd: no image of the dataset is augmented'),
         (['--hflip', '0'], '--hflip with --distill mekd: no image'),
         (['--teacher-cache', 'c'], '--teacher-cache with --distill mekd: generated images never come again'),
+        (['--teacher-answers', 'x.csv'], 'there is one teacher'),
         (['--class-weights', 'auto'], '--class-weights with --distill mekd'),
-        (['--generator-kwargs', 'size=3'], "--generator-kwargs: unknown 'size'; it has: batch_size, lr, info_weight"),
+        (['--generator-kwargs', 'size=3'], "unknown 'size' (did you mean 'img_size'?); it has: batch_size, lr, info_weight"),
         (['--generator-kwargs', 'lr=0'], '--generator-kwargs lr=0: must be a number above 0'),
         (['--generator-kwargs', 'info=both'], '--generator-kwargs info=both: must be paper or coded'),
         (['--generator-kwargs', 'batch_size=1'], 'batch_size=1: must be a whole number of at least 2'),
+        (['--generator-kwargs', 'img_size=16'], 'img_size=16: at that size the discriminator ends in a batch norm of'),
         (['--generator-kwargs', 'img_size=30'], 'img_size=30: the generator makes images of a multiple of 16'),
         (['--generator', 'x'], '--generator-epochs with --generator x: which is trained already'),
         (['--standardize'], "criterion 'mekd' is not combined with standardize"),
@@ -393,7 +449,7 @@ def test_what_makes_no_sense_on_generated_images_is_refused_before_anything_is_r
     [
         (['--generator-kwargs', 'batch_size=64'], '21 training image(s) are fewer than a batch of the generator; give'),
         (['--train-fraction', '0.1'], '4 training image(s) are fewer than a batch'),
-        (['--generator-kwargs', 'img_size=1600', 'batch_size=8'], 'the linear layer of the generator would have'),
+        (['--generator-kwargs', 'img_size=1264', 'batch_size=8'], 'the linear layer of the generator would have'),
     ],
 )
 def test_data_that_do_not_do_for_the_generator_are_refused_before_anything_is_trained(flags, capsys, extra, message):

@@ -301,8 +301,9 @@ class Asked:
     ) -> None:  # fmt: skip
         self.teacher, self.answers, self.accelerator, self.image_size = teacher, answers, accelerator, image_size
         self.needed = bool(settings.info_weight) and (settings.info == 'coded' or answers != 'hard')
-        limit = teacher.queries.limit if isinstance(teacher, ClosedTeacher) else None
-        self.left = None if limit is None or not self.needed else limit - total_queries(teacher, accelerator)
+        self.left: int | None = None
+        if self.needed and isinstance(teacher, ClosedTeacher) and (limit := teacher.queries.limit) is not None:
+            self.left = limit - total_queries(teacher, accelerator)
 
     def allows(self, images: int) -> bool:
         """Return whether `--max-queries` leaves enough to ask about so many images."""

@@ -98,6 +98,11 @@ def check_generated(config: Config) -> None:
                 raise UsageError(f'{flag_of(name)} with --generator {config.generator}: which is trained already')
         return
     settings = GeneratorSettings.of(config.generator_epochs, config.generator_kwargs)
+    if settings.img_size == 16:
+        raise UsageError(
+            '--generator-kwargs img_size=16: at that size the discriminator ends in a batch norm of single pixels, '
+            'which gives real and generated batches the same mean score, so that it learns nothing; take 32'
+        )
     if why := check_size(2, settings.img_size, int(config.in_chans)):
         raise UsageError(f'--generator-kwargs {why}')
 
