@@ -251,8 +251,8 @@ def _make_generator(
 
 
 def images_to_inspect(num_classes: int) -> int:
-    """Return how many generated images the teacher is asked about: 16 a class, 256 to 16,384."""
-    return min(max(256, 16 * num_classes), 16384)
+    """Return how many generated images the teacher is asked about: 16 a class, 128 to 16,384."""
+    return min(max(128, 16 * num_classes), 16384)
 
 
 def inspect_generator(criterion: MEKD, pair: Pair, accelerator: Accelerator, seed: int, folder: Path) -> dict[str, Any]:
