@@ -29,7 +29,6 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     import torch
 
     from timm_rld import data, engine, hub, pairing, run_folder
-    from timm_rld.cache import AnswersFile, TeacherCache
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
     from timm_rld.loss import choose_criterion, published_defaults
     from timm_rld.mekd_task import MEKDTask
@@ -61,16 +60,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     torch.manual_seed(config.seed)  # before each of the two, so that neither's start depends on the other
     of_student = {**config.arguments_of('create_student'), **pairing.check_kwargs(config.model_kwargs)}
     pair = pairing.create_student(num_classes=num_classes, **of_student)
-    train_teacher, cache = config.teacher is not None and config.teacher_epochs > 0, None
-    if config.teacher_cache and criterion is not None and config.epochs:
-        cache = TeacherCache(
-            accelerator=accelerator, train=train_split, val=val_split, data_config=pair.data_config,
-            arguments=config.with_absolute_paths().arguments_of_each('open_splits', 'create_loaders', 'create_teacher'),
-            depends_on=config.of_logits(), epochs=config.epochs, train_teacher=train_teacher,
-            **config.arguments_of('TeacherCache'),
-        )  # fmt: skip
-    elif config.teacher_answers:
-        cache = AnswersFile(train=train_split, val=val_split, log=log, **config.arguments_of('AnswersFile'))
+    train_teacher = config.teacher is not None and config.teacher_epochs > 0
+    cache = engine.open_cache(config, accelerator, train_split, val_split, pair.data_config, criterion is not None)
     torch.manual_seed(config.seed)
     if config.teacher is not None and (cache is None or not cache.complete):
         pair.teacher = pairing.create_teacher(

@@ -67,7 +67,7 @@ def check_train(argv: list[str]) -> None:
         if checkpoint:
             Path(run, 'checkpoint.json').touch()
     config = resolve(parse_args(argv))
-    assert config.student and config.teacher
+    assert config.student and config.teacher_name
 
 
 def check_launch(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,8 @@ def test_each_file_of_settings_is_read(code):
 
 # of timm's script, Slurm, mkdocs; and the example of CONTRIBUTING.md
 OTHERS = {
-    '--kd-model-name', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal', '--requeue', '--strict',
+    '--kd-model-name', '--kd-distill-type', '--kd-token-distill-type',
+    '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal', '--requeue', '--strict',
     '--label-noise',
 }  # fmt: skip
 

@@ -66,7 +66,8 @@ def compare(
     output = Path(output).expanduser()
     config = _check(criteria, seeds, list(flags))
     flags = [*flags, *same_held_out(config)]
-    variants = [parse_variant(c) for c in criteria]
+    answers = resolve(config).black_box
+    variants = [parse_variant(c, answers) for c in criteria]
     claim(output, config, 'a comparison')
     launch = launch_command(launcher)
     with_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)

@@ -38,12 +38,15 @@ class Variant:
     flags: tuple[str, ...]
 
 
-def parse_variant(text: str) -> Variant:
+def parse_variant(text: str, answers: str | None = None) -> Variant:
     """Return the variant that a text names: `rld`, or with options and weights
     `rld:beta=2,temperature=1,distill_warmup_epochs=1`, `kd:standardize=true`.
 
+    Args:
+        answers: of a closed teacher, as `--black-box` has them.
+
     Raises:
-        UsageError: for an unknown criterion or option.
+        UsageError: for an unknown criterion or option, and one that cannot be computed from such answers.
     """
     name, _, rest = text.partition(':')
     options, flags = [], ['--distill', name]
@@ -63,7 +66,7 @@ def parse_variant(text: str) -> Variant:
         flags += ['--distill-kwargs', *options]
     try:
         config = parse_args(flags)
-        choose_criterion(config.distill, config.standardize, config.distill_kwargs)
+        choose_criterion(config.distill, config.standardize, config.distill_kwargs, answers)
     except UsageError as e:
         raise UsageError(f'--criteria {text}: {str(e).partition(": ")[2]}') from e
     return Variant(text, tuple(flags))

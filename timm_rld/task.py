@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .data import MixedTarget
 from .data.replay import ReplayDataset
 from .loss import CRITERIA, DistillLoss, create_distill_loss
-from .pairing import ClosedTeacher, Normalize, Teacher, create_normalize
+from .pairing import ClosedTeacher, Normalize, Teacher, create_normalize, in_distilled_training, outputs_of_heads
 
 
 class CachedLogits(Protocol):
@@ -63,12 +63,18 @@ class DistillationTask(TrainingTask):
     Floating inputs are taken as normalised for the student, as in timm's own loop, and are turned into the teacher's
     normalisation.
 
+    A student with a distillation head gives the outputs of two heads in training, once timm's
+    ``student.set_distilled_training(True)`` is called. The cross-entropy then goes to the main head, the criterion to
+    the other (as in timm's TokenDistillationTask; Touvron et al., ICML 2021), and each needs a weight above 0 to learn.
+    Without a criterion the cross-entropy trains their mean, which is also what the student gives in evaluation.
+
     Args:
         student: the model to train.
         teacher: a :class:`Teacher`, or a model (which is wrapped in one), or one that can only be asked
             (:class:`timm_rld.QueryTeacher`). None where nothing is distilled.
         criterion: from :func:`create_distill_loss`, or its name. None for cross-entropy alone.
-        task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row.
+        task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row
+            (cross-entropy that has the main head to itself: 1 where 0 is published).
         smoothing: label smoothing of the cross-entropy.
         class_weights: of the cross-entropy, `[C]`: the mean over a batch of weight[class] · CE. None: all 1.
         normalize: of the student; None for that of its `pretrained_cfg`.
@@ -104,7 +110,8 @@ class DistillationTask(TrainingTask):
         if teacher is not None and not isinstance(teacher, (Teacher, ClosedTeacher)):
             teacher = Teacher(teacher)
         row = CRITERIA['none'] if criterion is None else CRITERIA.get(getattr(criterion, 'name', ''))
-        published = (row.task_weight, row.distill_weight, row.warmup_epochs) if row else (1.0, 1.0, 0)
+        defaults = row.defaults(distill_token=in_distilled_training(student)) if row else {}
+        published = tuple(defaults.values()) or (1.0, 1.0, 0)
         given = (task_loss_weight, distill_loss_weight, warmup_epochs)
         self.task_loss_weight, self.distill_loss_weight, self.warmup_epochs = (
             p if g is None else g for p, g in zip(published, given)
@@ -202,6 +209,15 @@ class DistillationTask(TrainingTask):
             raise ValueError('a cache of logits needs the classes and indices of the images, and the epoch')
         return self.cache.logits(epoch, indices, target, compute if teacher is not None else None)
 
+    def _student_outputs(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's outputs `[B, C]` for the cross-entropy and for the criterion: those of its two heads, or twice
+        the same."""
+        output = self.trainable_module(input if input.is_floating_point() else self.normalize(input))
+        main, distilled = outputs_of_heads(output)
+        if self.criterion is None and distilled is not main:
+            main = distilled = (main + distilled) / 2
+        return main, distilled
+
     def forward(
         self, input: Tensor, target: Tensor | MixedTarget, teacher_logits: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -215,10 +231,11 @@ class DistillationTask(TrainingTask):
 
         Returns:
             `loss` (for backward), `output` (student logits `[B, C]`), `task_loss` (cross-entropy), `kd_loss` (the
-            criterion, before weight and ramp) and the criterion's diagnostics; all but `output` are 0-d.
+            criterion, before weight and ramp) and the criterion's diagnostics; all but `output` are 0-d. Of two heads
+            `output` is the main one's, and `main_top1` and `distill_top1` are the percentages that each has right.
         """
-        output = self.trainable_module(input if input.is_floating_point() else self.normalize(input))
-        logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        output, distilled = self._student_outputs(input)
+        logits, distilled_logits = _in_float32(output), _in_float32(distilled)
         task_loss = _mixed(target, lambda index: self.task_criterion(logits, index))
         result = {'loss': self.task_loss_weight * task_loss, 'output': output, 'task_loss': task_loss.detach()}
         criterion = self.criterion
@@ -226,12 +243,14 @@ class DistillationTask(TrainingTask):
             return result
         if teacher_logits is None:
             teacher_logits = self.teacher_logits(input)
+        if distilled is not output:
+            result['main_top1'], result['distill_top1'] = _top1(output, target), _top1(distilled, target)
         if isinstance(target, MixedTarget) and not getattr(criterion, 'needs_target', True):
             target = target.a
         figures: list[dict[str, Tensor]] = []
 
         def distill(index: Tensor) -> Tensor:
-            loss = criterion(logits, teacher_logits, index)
+            loss = criterion(distilled_logits, teacher_logits, index)
             figures.append(getattr(criterion, 'diagnostics', {}))
             return loss
 
@@ -242,6 +261,17 @@ class DistillationTask(TrainingTask):
             other = figures[-1][name]
             result[name] = other.lerp(figure, target.lam) if isinstance(target, MixedTarget) else figure
         return result
+
+
+def _in_float32(logits: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _top1(logits: Tensor, target: Tensor | MixedTarget) -> Tensor:
+    """Percentage of a batch in which the highest logit is that of the class, 0-d."""
+    predicted = logits.detach().argmax(1)
+    return _mixed(target, lambda index: 100 * (predicted == index).float().mean())
 
 
 def _mixed(target: Tensor | MixedTarget, loss: Callable[[Tensor], Tensor]) -> Tensor:

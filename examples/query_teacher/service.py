@@ -23,17 +23,21 @@ import timm_rld  # noqa: F401  (the CIFAR networks, `cifar_…`)
 from timm_rld.pairing import Teacher
 
 
-def create_app(model: torch.nn.Module) -> FastAPI:
-    """Return the service. The answer for an image does not depend on those beside it: they are computed one at a time,
-    since a network gives other last bits in another batch."""
-    teacher, lock, app = Teacher(model), threading.Lock(), FastAPI()
+def answer_for(teacher: Teacher, images: np.ndarray) -> np.ndarray:
+    """Return probabilities. Those of an image do not depend on the images beside it: each is computed alone, since a
+    network gives other last bits in another batch."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return torch.cat([teacher(image[None]).softmax(dim=1) for image in pixels]).float().numpy()
+
+
+def create_app(teacher: Teacher) -> FastAPI:
+    """Return the service."""
+    app, lock = FastAPI(), threading.Lock()
 
     def answer(data: bytes) -> bytes:
-        images = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).permute(0, 3, 1, 2)
-        with lock, torch.inference_mode():
-            rows = [teacher(image[None]).softmax(dim=1) for image in images]
         reply = io.BytesIO()
-        np.save(reply, torch.cat(rows).float().numpy(), allow_pickle=False)
+        with lock:
+            np.save(reply, answer_for(teacher, np.load(io.BytesIO(data), allow_pickle=False)), allow_pickle=False)
         return reply.getvalue()
 
     @app.get('/health')
@@ -54,8 +58,8 @@ def main() -> None:
     parser.add_argument('--port', type=int, default=8000)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = timm.create_model(args.model, pretrained=True).eval()
-    uvicorn.run(create_app(model), host=args.host, port=args.port, log_level='warning')
+    teacher = Teacher(timm.create_model(args.model, pretrained=True))
+    uvicorn.run(create_app(teacher), host=args.host, port=args.port, log_level='warning')
 
 
 if __name__ == '__main__':

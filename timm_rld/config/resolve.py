@@ -121,7 +121,8 @@ def real_batch(config: Config, num_processes: int, images: int | None) -> int:
 
 
 def describe_derived(config: Config) -> list[str]:
-    """Return a line for each derived value that decides how a run goes: learning rate, ramp of the distillation."""
+    """Return a line for each derived value that decides how a run goes: learning rate, ramp of the distillation; and
+    for a switch without effect."""
     origin, lines = config.origin, []
     if 'lr' in origin.derived:
         batch = real_batch(config, origin.processes or 1, origin.images)
@@ -131,6 +132,8 @@ def describe_derived(config: Config) -> list[str]:
         lines.append(
             f'distillation ramps up over {ramp} of {config.epochs} epoch(s) (--distill-warmup-epochs changes it)'
         )
+    if config.distill_token and config.distill == 'none':
+        lines.append('--distill-token: without a criterion (--distill none) the labels train the mean of both heads')
     return lines
 
 
@@ -181,6 +184,12 @@ def _check(c: Config) -> None:
             f'--class-weights {c.class_weights}: weighs the cross-entropy, whose own weight is 0 '
             f'(--task-loss-weight; the default of some criteria, here --distill {c.distill})'
         )
+    for name, head in (('task_loss_weight', 'main'), ('distill_loss_weight', 'distillation')):
+        if c.distill_token and c.distill != 'none' and getattr(c, name) == 0:
+            raise UsageError(
+                f'{flag_of(name)} 0 with --distill-token: the {head} head would learn nothing, and the result is the '
+                'mean of both heads; give a weight above 0'
+            )
     if not c.epochs and not c.teacher_epochs:
         raise UsageError('--epochs 0: trains the teacher alone, so --teacher-epochs N is needed')
     for name in ('cutmix_minmax', 'scale', 'ratio'):

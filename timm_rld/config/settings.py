@@ -171,6 +171,10 @@ class Config:
     standardize: bool = setting(False, DISTILL,
         'standardise both logits first (z-score of each row); defaults: temperature 2, 9 times the weight',
         used_by='published_defaults')  # fmt: skip
+    distill_token: bool = setting(False, DISTILL,
+        'of a student with a distillation head (deit_*_distilled_*, levit_*, …) train that head by the criterion, the '
+        'main one by cross-entropy; evaluation takes their mean',
+        used_by='create_student published_defaults')  # fmt: skip
     task_loss_weight: float | None = setting(None, DISTILL, "weight of the cross-entropy (default: the criterion's)",
         ge=0, used_by='DistillationTask', belongs_to='distill')  # fmt: skip
     distill_loss_weight: float | None = setting(None, DISTILL,

@@ -9,11 +9,18 @@ from .predictions import Recorder, figures, gather, parquet_of, record
 from .results import describe_models, describe_size_and_speed, export_students, record_student
 from .speed import latencies, size_of
 from .state import wants_channels_last
-from .teacher_training import EvaluatedTeacher, evaluate_teacher, open_query, optimize_for_inference, train_teacher
+from .teacher_training import (
+    EvaluatedTeacher,
+    evaluate_teacher,
+    open_cache,
+    open_query,
+    optimize_for_inference,
+    train_teacher,
+)
 
 __all__ = [
     'check_data', 'check_settings', 'Checkpoints', 'create_optimizer', 'create_scheduler', 'describe_models',
     'describe_size_and_speed', 'evaluate', 'evaluate_teacher', 'EvaluatedTeacher', 'export_students', 'figures',
-    'fit', 'gather', 'latencies', 'open_query', 'optimize_for_inference', 'parquet_of', 'prepare_images', 'record',
-    'record_student', 'Recorder', 'size_of', 'train_teacher', 'wants_channels_last',
+    'fit', 'gather', 'latencies', 'open_cache', 'open_query', 'optimize_for_inference', 'parquet_of',
+    'prepare_images', 'record', 'record_student', 'Recorder', 'size_of', 'train_teacher', 'wants_channels_last',
 ]  # fmt: skip

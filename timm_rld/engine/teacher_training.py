@@ -6,6 +6,7 @@ import contextlib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..cache import AnswersFile, TeacherCache
 from ..config import Config
-from ..data import Loader
+from ..data import Loader, Source
 from ..distributed import main_only, main_writes
 from ..errors import SampleError, UserError
 from ..hub import export_model
@@ -114,8 +115,36 @@ def train_teacher(
     return file
 
 
+def open_cache(
+    config: Config, accelerator: Accelerator, train: Source, val: Source, data_config: dict[str, Any], distils: bool
+) -> TeacherCache | AnswersFile | None:
+    """Return what has the teacher's answers on disk: the cache of `--teacher-cache`, or the file of
+    `--teacher-answers`; None where neither is named.
+
+    Args:
+        train, val: the splits.
+        data_config: the student's preprocessing.
+        distils: whether there is a criterion; without one a cache is not needed.
+    """
+    if config.teacher_answers:
+        return AnswersFile(train=train, val=val, log=accelerator.print, **config.arguments_of('AnswersFile'))
+    if not config.teacher_cache or not distils or not config.epochs:
+        return None
+    return TeacherCache(
+        accelerator=accelerator, train=train, val=val, data_config=data_config,
+        arguments=config.with_absolute_paths().arguments_of_each('open_splits', 'create_loaders', 'create_teacher'),
+        depends_on=config.of_logits(), epochs=config.epochs,
+        train_teacher=config.teacher is not None and bool(config.teacher_epochs),
+        **config.arguments_of('TeacherCache'),
+    )  # fmt: skip
+
+
 def open_query(
-    pair: Pair, loader: Loader, accelerator: Accelerator, config: Config, cache: TeacherCache | None = None
+    pair: Pair,
+    loader: Loader,
+    accelerator: Accelerator,
+    config: Config,
+    cache: TeacherCache | AnswersFile | None = None,
 ) -> None:
     """Give a pair the closed teacher of `--teacher-query`, and ask it about eight training images: twice, to see
     whether its answers stay the same; or once, where a cache knows what it said of them.
@@ -129,6 +158,7 @@ def open_query(
     """
     if config.teacher_query is None or (cache is not None and cache.complete):
         return
+    assert not isinstance(cache, AnswersFile)  # which is complete
     rank = f'[process {accelerator.process_index}] ' if accelerator.num_processes > 1 else ''
     pair.teacher = teacher = QueryTeacher(
         load_query(config.teacher_query), pair.num_classes, name=f'--teacher-query {config.teacher_query}',

@@ -256,6 +256,11 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
             f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
             f'cross-entropy {settings["task_loss_weight"]:g}. {results.get("paper") or ""}'.rstrip(' '),
         ]
+        if settings.get('distill_token'):
+            lines.append(
+                '- Two heads: the criterion trained the distillation head, cross-entropy the main one; the model gives '
+                'their mean'
+            )
     size, command = images['input_size'], public_command(results['command'])
     lines += [
         f'- {results["epochs"]} epochs, seed {results["seed"]}, images of {size[1]}×{size[2]}; '

@@ -106,12 +106,17 @@ class CriterionInfo:
         """Paper and year; empty where there is none."""
         return f'{self.paper}, {self.year}' if self.paper else ''
 
-    def defaults(self, epochs: int | None = None) -> dict[str, Any]:
-        """Return the published defaults of the settings of a run, by name; for a run of so many epochs the same share
-        of it as a ramp, at least one epoch and no more than published."""
+    def defaults(self, epochs: int | None = None, distill_token: bool = False) -> dict[str, Any]:
+        """Return the published defaults of the settings of a run, by name.
+
+        Args:
+            epochs: of a run, whose ramp is the same share of it, at least one epoch and no more than published.
+            distill_token: the cross-entropy has a head to itself, which must learn: its weight is 1 where 0 is
+                published.
+        """
         share = self.warmup_epochs if epochs is None else max(1, round(self.warmup_epochs / self.epochs * epochs))
         return dict(
-            task_loss_weight=self.task_weight,
+            task_loss_weight=self.task_weight or float(distill_token),
             distill_loss_weight=self.distill_weight,
             distill_warmup_epochs=min(share, self.warmup_epochs),
             **self.settings,
@@ -319,13 +324,14 @@ def get_criterion(name: str, standardize: bool = False) -> CriterionInfo:
     return CRITERIA[name].standardized() if standardize else CRITERIA[name]
 
 
-def published_defaults(name: str, standardize: bool, epochs: int) -> dict[str, Any]:
-    """Return :meth:`CriterionInfo.defaults` of a criterion, as `--distill`, `--standardize` and `--epochs` choose it.
+def published_defaults(name: str, standardize: bool, epochs: int, distill_token: bool = False) -> dict[str, Any]:
+    """Return :meth:`CriterionInfo.defaults` of a criterion, as `--distill`, `--standardize`, `--epochs` and
+    `--distill-token` choose it.
 
     Raises:
         ValueError: as :func:`get_criterion`.
     """
-    return get_criterion(name, standardize).defaults(epochs)
+    return get_criterion(name, standardize).defaults(epochs, distill_token)
 
 
 def choose_criterion(

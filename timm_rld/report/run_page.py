@@ -386,6 +386,7 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 _DIAGNOSTICS = {
     'scd': 'Sample confidence (scd)', 'mcd': 'Masked correlation (mcd)', 'teacher_wrong': 'Teacher wrong, share',
     'masked_classes': 'Classes masked', 'masked_mass': "Teacher's probability masked",
+    'main_top1': 'Main head, top-1 in training', 'distill_top1': 'Distillation head, top-1 in training',
 }  # fmt: skip
 
 
