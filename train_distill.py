@@ -28,17 +28,16 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     """Train with the given settings. Returns what results.json holds, and the run folder as `run`."""
     import torch
 
-    from timm_rld import data, engine, hub, pairing, run_folder
+    from timm_rld import data, engine, hub, loss, pairing, run_folder
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
-    from timm_rld.loss import choose_criterion, published_defaults
     from timm_rld.mekd_task import MEKDTask
     from timm_rld.resume import open_run
-    from timm_rld.task import DistillationTask
+    from timm_rld.task import DistillationTask, create_features
 
     # ---- config
     config = resolve(config)
     engine.check_settings(config)
-    info, criterion = choose_criterion(config.distill, config.standardize, config.distill_kwargs, config.black_box)
+    info, criterion = loss.choose_criterion(config.distill, config.standardize, config.distill_kwargs, config.black_box)
     accelerator = create_accelerator(**config.arguments_of('create_accelerator'))
     log, is_main = accelerator.print, accelerator.is_main_process
     if config.push_to_hub:
@@ -51,7 +50,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     main_only(accelerator, lambda: data.first_look(train_split, val_split, config.on_bad_image, log))
     num_classes, class_names = train_split.num_classes, train_split.class_names
     engine.check_data(criterion, train_split, config)
-    config = resolve(config, accelerator.num_processes, train_split.images, published_defaults)
+    config = resolve(config, accelerator.num_processes, train_split.images, loss.published_defaults)
     for line in (*describe_derived(config), *data.describe_classes(train_split)):
         log(line)
     class_weights = data.class_weights(train_split, **config.arguments_of('class_weights'))
@@ -63,11 +62,12 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     train_teacher = config.teacher is not None and config.teacher_epochs > 0
     cache = engine.open_cache(config, accelerator, train_split, val_split, pair.data_config, criterion is not None)
     torch.manual_seed(config.seed)
-    if config.teacher is not None and (cache is None or not cache.complete):
+    if config.teacher is not None and (cache is None or not cache.complete or config.feature_distill != 'none'):
         pair.teacher = pairing.create_teacher(
             num_classes=num_classes, class_names=class_names, to_train=train_teacher, image_size=pair.image_size,
             **config.arguments_of('create_teacher'),
         )  # fmt: skip
+    features = create_features(pair, log=log, **config.arguments_of('create_features'))
     trained = [(pair.student, '--student', pair.data_config)]
     trained += [(pair.teacher.model, '--teacher', pair.teacher_data_config)] if train_teacher else []
     main_only(accelerator, lambda: [hub.check_export(*network) for network in trained])
@@ -96,16 +96,16 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     # ---- criterion, task → fit → export
     results = dict(
-        config.pick('student', 'distill', 'epochs', 'seed'), teacher=config.teacher_name, teacher_top1=teacher.top1,
-        distill_options=dict(info.options), num_classes=num_classes, teacher_macro=teacher.macro, command=command,
-        paper=info.cited, teacher_sha256=teacher.digest, versions=run_folder.versions(),
+        config.pick('student', 'distill', 'feature_distill', 'epochs', 'seed'), teacher=config.teacher_name,
+        teacher_top1=teacher.top1, distill_options=dict(info.options), num_classes=num_classes, command=command,
+        teacher_macro=teacher.macro, teacher_sha256=teacher.digest, paper=info.cited, versions=run_folder.versions(),
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
         run_on['train_loader'] = engine.prepare_images(criterion, pair, folder, config, class_names, **run_on)
         task = (MEKDTask if info.generated else DistillationTask)(
-            pair.student, pair.teacher if criterion is not None else None, criterion, normalize=pair.normalize,
-            cache=cache, class_weights=class_weights, **config.arguments_of('DistillationTask'),
+            pair.student, pair.teacher if criterion or features else None, criterion, normalize=pair.normalize,
+            cache=cache, features=features, class_weights=class_weights, **config.arguments_of('DistillationTask'),
         )  # fmt: skip
         export = functools.partial(hub.export_model, data_config=pair.data_config, label_names=class_names)
         if config.push_to_hub and is_main:
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(['train_distill.py', *argv])
 
     def program() -> None:
-        run(parse_args(argv, epilog=lambda: f'criteria (--distill):\n{timm_rld.describe_criteria()}'), command)
+        run(parse_args(argv, epilog=lambda: timm_rld.describe_methods()), command)
 
     return run_main(program, 'train_distill.py', debug='--debug' in argv)
 

@@ -207,7 +207,7 @@ QUERY = ['--teacher-query', 'closed_teachers:ask', '--student', 'resnet18']
         *(
             ([*TIMM, '--black-box', 'hard', '--distill', name], '--distill ce_teacher')
             for name, row in CRITERIA.items()
-            if row.cls and 'hard' not in row.answers
+            if row.plain and 'hard' not in row.answers
         ),
         ([*TIMM, '--black-box', 'hard', '--distill', 'ce_teacher', '--teacher-class-map', 'auto'], 'no counterpart'),
         ([*TIMM, *QUERY], '--teacher resnet34 with --teacher-query closed_teachers:ask: there is one teacher'),

@@ -88,7 +88,10 @@ def check_tool(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from timm_rld import __main__ as tools
 
     called = []
-    verbs = ('list_things', 'check_data', 'compare', 'tune', 'evaluate', 'predict', 'report', 'push', 'verify_cache')
+    verbs = (
+        'list_things', 'check_data', 'compare', 'tune', 'evaluate', 'predict', 'export', 'report', 'push',
+        'verify_cache',
+    )  # fmt: skip
     for name in verbs:
         monkeypatch.setattr(tools, name, lambda *args, name=name: called.append((name, args)))
     for name in bench.BENCHMARKS:
@@ -120,6 +123,10 @@ def test_each_command_is_one_that_its_program_reads(code, tmp_path, monkeypatch)
                 check_tool(argv, monkeypatch)
             case ['python', script, *argv] if script.startswith('benchmarks/'):
                 check_benchmark([script, *argv])
+            case ['benchmarks/gpu.sh', output, *argv]:
+                check_benchmark(['benchmarks/gpu.py', '--output', output, *argv[argv[:1] == ['WHEELS'] :]])
+            case ['benchmarks/gpu_evidence.sh', _, _, epochs, *argv]:
+                assert epochs.isdigit() and parse_args(argv)
             case ['python', script, *_]:
                 assert (ROOT / script).is_file()
             case ['pip', 'install', '-e', what]:

@@ -205,11 +205,15 @@ def test_an_error_of_all_processes_is_said_once(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('criterion', ['rld', 'ctkd'])
+@pytest.mark.parametrize(
+    'criterion',
+    [['--distill', 'rld'], ['--distill', 'ctkd'], ['--distill', 'none', '--feature-distill', 'feature']],
+    ids=lambda c: c[-1],
+)
 def test_two_processes_train_and_evaluate_as_one(criterion, folder, trained_teacher, tmp_path):
     common = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_vit', '--data-dir', str(folder),
               '--img-size', '32', '--epochs', '2', '--lr', '0.05', '--grad-accum-steps', '2', '--workers', '0',
-              '--min-teacher-acc', '0', '--output', str(tmp_path), '--distill', criterion]  # fmt: skip
+              '--min-teacher-acc', '0', '--output', str(tmp_path), *criterion]  # fmt: skip
     rows, results = [], []
     for processes, batch_size in ((1, '8'), (2, '4')):
         done = launch([*common, '--batch-size', batch_size, '--experiment', str(processes)], processes)

@@ -27,7 +27,10 @@ __version__ = '0.1.0'
 
 _PUBLIC = {
     'create_distill_loss': 'loss',
+    'create_feature_loss': 'loss',
     'describe_criteria': 'loss',
+    'describe_methods': 'loss',
+    'create_features': 'task',
     'create_pair': 'pairing',
     'create_student': 'pairing',
     'create_teacher': 'pairing',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -33,27 +34,31 @@ class MEKDTask(DistillationTask):
             self._made = input, self.mekd.pixels(input.flatten(1))
         return self._made[1]
 
-    def teacher_logits(
+    def ask_teacher(
         self, input: Tensor, target: Tensor | None = None, indices: Tensor | None = None, epoch: int | None = None
-    ) -> Tensor:
-        """Return what the teacher answers to the images of noise `[B, C, 1, 1]`: rows `[B, C]`. Where it was asked
-        ahead (``cache``) target, indices and epoch are needed too."""
+    ) -> tuple[Tensor, None]:
+        """Return what the teacher answers to the images of noise `[B, C, 1, 1]`: rows `[B, C]`, and no features. Where
+        it was asked ahead (``cache``) target, indices and epoch are needed too."""
         if self.cache is not None:
             assert target is not None and indices is not None and epoch is not None
-            return self.cache.logits(epoch, indices, target)
+            return self.cache.logits(epoch, indices, target), None
         assert self.teacher is not None
         with torch.no_grad():
-            return self.teacher(self.images(input))
+            return self.teacher(self.images(input)), None
 
     def forward(
-        self, input: Tensor, target: Tensor | MixedTarget | None = None, teacher_logits: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor | MixedTarget | None = None,
+        teacher_logits: Tensor | None = None,
+        teacher_features: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """One step's forward pass.
 
         Args:
             input: noise `[B, C, 1, 1]`.
-            target: is not looked at.
-            teacher_logits: of :meth:`teacher_logits`, where they are known already.
+            target, teacher_features: are not looked at.
+            teacher_logits: of :meth:`ask_teacher`, where they are known already.
 
         Returns:
             `loss`, `output`, `kd_loss` as :meth:`DistillationTask.forward`; the criterion's `image_loss`, `kl_loss` and
@@ -61,7 +66,7 @@ class MEKDTask(DistillationTask):
             mean of its highest probability; 1 for hard answers).
         """
         if teacher_logits is None:
-            teacher_logits = self.teacher_logits(input)
+            teacher_logits, _ = self.ask_teacher(input)
         output = self.trainable_module(self.normalize(self.images(input)))
         self._made = None
         logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output

@@ -43,7 +43,7 @@ def open_run(config: Config, accelerator: Accelerator, train: Source, val: Sourc
     assert config.student is not None and config.epochs is not None and isinstance(config.workers, int)
     facts = gather_facts(accelerator, train, val, config.workers, **config.arguments_of('gather_facts'))
     name = config.experiment or '-'.join(
-        [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(config.student), config.distill]
+        [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(config.student), config.method]
     )
     (name,) = broadcast_object_list([name])  # another rank may be a second later
     folder = Path(config.output or 'output').expanduser() / name

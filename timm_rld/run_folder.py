@@ -176,3 +176,39 @@ def read_run(folder: str | Path) -> RunFiles:
             f'{folder}: not the folder of a finished run ({what}); --resume finishes one that is not'
         ) from e
     return RunFiles(folder, settings, results, history, config)
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported file in a run folder (`timm-rld export`).
+
+    Attributes:
+        file: where it lies.
+        about: what its side file says: `architecture`, `weights`, `format`, `precision`, `bytes`, `labels`, …, and of
+            its `check` the figures, or None.
+    """
+
+    file: Path
+    about: dict[str, Any]
+
+    @property
+    def beside(self) -> list[Path]:
+        """The file, and what lies beside it."""
+        names = ('', '.json', '.py')
+        return [p for n in names if (p := self.file.with_name(f'{self.file.name}{n}')).is_file()]
+
+
+def read_exports(folder: Path) -> list[Export]:
+    """Return the exported files that lie in a run folder, by name; one whose side file is gone or damaged is left
+    out."""
+    found = []
+    for side in sorted(folder.glob('*.json')):
+        file = side.with_suffix('')
+        try:
+            about = json.loads(side.read_text(encoding='utf-8')) if file.is_file() else {}
+            complete = {'format', 'precision', 'weights', 'bytes', 'check'} <= set(about)
+            if complete and about['bytes'] == file.stat().st_size:
+                found.append(Export(file, about))
+        except (OSError, ValueError, TypeError):
+            continue
+    return [e for e in found if not e.file.name.endswith('.failed')]

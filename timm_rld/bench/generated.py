@@ -59,6 +59,7 @@ def bench_generated(
     mixed_precision: str = 'no',
     torchcompile: bool = False,
     channels_last: bool | None = None,
+    cpu_threads: int | None = None,
     rounds: int = 5,
     steps: int = 5,
 ) -> FoundGenerated:
@@ -76,6 +77,7 @@ def bench_generated(
             batch_size=batch_size, epochs=rounds + 1, teacher_epochs=0, lr=1e-3, sched='constant', warmup_epochs=0,
             task_loss_weight=0.0, distill_loss_weight=1.0, distill_warmup_epochs=0, mixed_precision=mixed_precision,
             torchcompile=torchcompile, channels_last=channels_last, workers=0, log_interval=10**9, teacher_cache=None,
+            cpu_threads=cpu_threads,
         )
     )  # fmt: skip
     accelerator = create_accelerator(**config.arguments_of('create_accelerator'))

@@ -395,9 +395,10 @@ def _still_meant(from_file: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     another criterion, the columns of a Hub dataset where `--data-dir` or `--labels` names files, the validation split
     where `--val-fraction` makes one."""
     dropped: list[str] = []
-    criterion = from_file.get('distill', FIELDS['distill'].default)
-    if given.get('distill', criterion) != criterion:
-        dropped += marked('belongs_to', 'distill')
+    for choice in ('distill', 'feature_distill'):
+        before = from_file.get(choice, FIELDS[choice].default)
+        if given.get(choice, before) != before:
+            dropped += marked('belongs_to', choice)
     of_hub = str(from_file.get('dataset')).startswith(('hfds/', 'hfids/'))
     if of_hub and 'dataset' not in given and ('data_dir' in given or 'labels' in given):
         dropped += ['dataset', *marked('belongs_to', 'dataset')]

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UsageError
 from ..files import cores
 from .learning_rate import LARGEST_BATCH, SGD, family_of, scaled_rate
-from .settings import FIELDS, Config, flag_of, taken_by
+from .settings import FIELDS, Config, flag_of, marked, taken_by
 
 
 def auto_workers() -> int:
@@ -127,11 +127,9 @@ def describe_derived(config: Config) -> list[str]:
     if 'lr' in origin.derived:
         batch = real_batch(config, origin.processes or 1, origin.images)
         lines.append(f'learning rate {config.lr:.3g} ({config.opt}, batch {batch}; --lr changes it)')
-    if 'distill_warmup_epochs' in origin.derived and config.distill_warmup_epochs and config.epochs:
-        ramp = config.distill_warmup_epochs
-        lines.append(
-            f'distillation ramps up over {ramp} of {config.epochs} epoch(s) (--distill-warmup-epochs changes it)'
-        )
+    for name, what in (('distill_warmup_epochs', 'distillation'), ('feature_warmup_epochs', 'the term on features')):
+        if name in origin.derived and (ramp := getattr(config, name)) and config.epochs:
+            lines.append(f'{what} ramps up over {ramp} of {config.epochs} epoch(s) ({flag_of(name)} changes it)')
     if config.distill_token and config.distill == 'none':
         lines.append('--distill-token: without a criterion (--distill none) the labels train the mean of both heads')
     return lines
@@ -164,6 +162,7 @@ def _check(c: Config) -> None:
     if c.resume is not None and c.experiment is None:
         raise UsageError(f'--resume {c.resume}: which run? Give its --experiment (and --output), or --resume FOLDER')
     _check_closed(c)
+    _check_features(c)
     if c.hub_weights == 'ema' and not c.model_ema:
         raise UsageError('--hub-weights ema: needs --model-ema')
     if c.train_on_holdout and c.tune_holdout is None:
@@ -207,6 +206,21 @@ def _check(c: Config) -> None:
         if c.warmup_epochs and epochs and c.warmup_epochs >= epochs:
             raise UsageError(
                 f'--warmup-epochs {c.warmup_epochs}: leaves nothing of {flag} {epochs}; give a smaller one'
+            )
+
+
+def _check_features(c: Config) -> None:
+    """Refuse features of a teacher that shows none, and settings of a method where there is none."""
+    if c.feature_distill == 'none':
+        for name in marked('belongs_to', 'feature_distill'):
+            if getattr(c, name) not in (None, {}, ()):
+                raise UsageError(f'{flag_of(name)}: needs --feature-distill NAME')
+        return
+    for name in ('black_box', 'teacher_query', 'teacher_answers'):
+        if (value := getattr(c, name)) is not None:
+            raise UsageError(
+                f'--feature-distill {c.feature_distill} with {flag_of(name)} {value}: a closed teacher answers, and '
+                'shows no features to learn from; leave one of the two out'
             )
 
 
@@ -282,7 +296,7 @@ def _resolve_cache(c: Config) -> None:
 
 def _default_repository(config: Config) -> str:
     """Return a name for the Hub: the student's, without what stands before it (`hf-hub:user/`, a folder's path)."""
-    return f'{os.path.basename((config.student or "student").rstrip("/")).rpartition(":")[2]}-{config.distill}'
+    return f'{os.path.basename((config.student or "student").rstrip("/")).rpartition(":")[2]}-{config.method}'
 
 
 def warmup_epochs(config: Config) -> int:

@@ -183,9 +183,23 @@ class Config:
     distill_warmup_epochs: int | None = setting(None, DISTILL,
         "ramp the distillation term by min(epoch / N, 1) (default: the criterion's share of the epochs)", ge=0,
         sample=3, used_by='DistillationTask:warmup_epochs', belongs_to='distill')  # fmt: skip
+    feature_distill: str = setting('none', DISTILL, 'method on features, beside the criterion; see the table below',
+        per_run=True, used_by='create_features:name published_defaults:features')  # fmt: skip
+    feature_kwargs: dict = setting({}, DISTILL, "the method's options, as name=value: p=4",
+        used_by='create_features:options', belongs_to='feature_distill')  # fmt: skip
+    feature_loss_weight: float | None = setting(None, DISTILL,
+        "weight of the term on features (default: the method's)", ge=0, used_by='DistillationTask',
+        belongs_to='feature_distill')  # fmt: skip
+    feature_warmup_epochs: int | None = setting(None, DISTILL,
+        "ramp the term on features by min(epoch / N, 1) (default: the method's share of the epochs)", ge=0,
+        used_by='DistillationTask', belongs_to='feature_distill')  # fmt: skip
+    feature_stages: tuple[str, ...] = setting((), DISTILL,
+        'maps to compare, as numbers of `forward_intermediates`: N, or S:T of student and teacher (default: the last '
+        'of each size, paired from the deepest)', used_by='create_features:stages',
+        belongs_to='feature_distill')  # fmt: skip
     teacher_cache: str | None = setting(None, DISTILL,
         "folder to cache the teacher's logits in: those of each augmented image are computed once",
-        used_by='TeacherCache:folder', resumable=True, path=True)  # fmt: skip
+        used_by='TeacherCache:folder create_features:cache', resumable=True, path=True)  # fmt: skip
     teacher_cache_views: int | None = setting(None, DISTILL,
         'augmented versions of each image: epoch e repeats those of epoch (e - 1) mod N + 1 (default: 10, or the '
         'epochs if fewer)', ge=1, used_by='TeacherCache:augmentation_epochs')  # fmt: skip
@@ -287,7 +301,7 @@ class Config:
         'file with images to leave out of training and validation, a path a line (below --data-dir, or absolute)',
         used_by='open_splits open_validation', resumable=True, path=True, evaluation=True)  # fmt: skip
     seed: int = setting(42, DATA, 'seed of weights, order and augmentation', ge=0, le=2**32 - 1024,
-        used_by='open_splits open_validation create_loaders Mixup', per_run=True)  # fmt: skip
+        used_by='open_splits open_validation create_loaders Mixup create_features', per_run=True)  # fmt: skip
 
     # augmentation
     no_aug: bool = setting(False, AUG, 'no augmentation', flag=True, used_by='create_loaders', logits=True)
@@ -480,6 +494,11 @@ class Config:
         """Return :meth:`arguments_of` of some functions, by function."""
         return {function: self.arguments_of(function) for function in functions}
 
+    @property
+    def method(self) -> str:
+        """What the student learns by, for names of runs: `rld`, with features `rld-at`."""
+        return self.distill if self.feature_distill == 'none' else f'{self.distill}-{self.feature_distill}'
+
     def of_logits(self) -> dict[str, Any]:
         """Return the settings that a cached logit of a training image depends on, by flag."""
         marks = ((f.name, f.metadata['logits']) for f in dataclasses.fields(self))
@@ -489,7 +508,7 @@ class Config:
         """Return the settings for training the teacher."""
         return dataclasses.replace(
             self, epochs=self.teacher_epochs, lr=self.teacher_lr or self.lr, teacher_cache=None,
-            teacher_cache_views=None,
+            teacher_cache_views=None, feature_distill='none',
         )  # fmt: skip
 
     def with_absolute_paths(self) -> Config:

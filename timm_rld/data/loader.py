@@ -214,7 +214,7 @@ def create_loaders(
     )  # fmt: skip
     center = eval_transform(
         c['input_size'], interpolation=c['interpolation'], crop_pct=c['crop_pct'], crop_mode=c['crop_mode'],
-        jpeg_draft=jpeg_draft,
+        mean=c['mean'], jpeg_draft=jpeg_draft,
     )  # fmt: skip
     return (
         Loader(train, augment, batch_size, training=True, accum=grad_accum_steps, min_batch=min_batch, **place),

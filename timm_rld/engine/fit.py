@@ -179,11 +179,11 @@ def train_step(state: TrainState, batch: Batch, number: int, step: Step, mixup: 
     pixels, mixed = mixup(pixels, target, state.epoch, number)
     timer.lap('other')
     with accelerator.autocast():
-        teacher_logits = task.teacher_logits(pixels, target, indices, state.epoch)
+        teacher = task.ask_teacher(pixels, target, indices, state.epoch)
     timer.lap('teacher')
     with contextlib.nullcontext() if step.last else accelerator.no_sync(task.trainable_module):
         with accelerator.autocast():
-            result = task(pixels, mixed, teacher_logits)
+            result = task(pixels, mixed, *teacher)
         # DDP averages over processes: times their number, it is a sum
         accelerator.backward(result['loss'] * (step.count * accelerator.num_processes / step.group))
     return result
@@ -192,7 +192,8 @@ def train_step(state: TrainState, batch: Batch, number: int, step: Step, mixup: 
 def optimizer_step(state: TrainState, group: Group, number: int, config: Config, pauses: Pauses) -> None:
     """Update the weights, unless the step is to be skipped."""
     task, accelerator, optimizer = state.task, state.accelerator, state.optimizer
-    for p in task.criterion_parameters() if accelerator.num_processes > 1 else ():  # they are not in DDP
+    learned = [*task.criterion_parameters(), *task.feature_parameters()]
+    for p in learned if accelerator.num_processes > 1 else ():  # they are not in DDP
         p.grad = accelerator.reduce(p.grad, 'mean')
     if config.clip_grad is not None:
         accelerator.unscale_gradients(optimizer)
@@ -204,6 +205,8 @@ def optimizer_step(state: TrainState, group: Group, number: int, config: Config,
         task.update_ema(step=state.updates + 1)
         for values, count in group.results:
             state.means.add(values, count)
+    elif config.clip_grad is not None and accelerator.scaler is not None:
+        accelerator.scaler.update()  # the gradients were unscaled, which it takes once between two updates
     state.updates += 1
     optimizer.zero_grad()
     state.scheduler.step_update(state.updates)

@@ -82,6 +82,9 @@ def check_generated(config: Config) -> None:
         raise UsageError(
             f'--teacher-answers with {flag}: a file has no answers for generated images; --teacher-query asks for them'
         )
+    if config.feature_distill != 'none' or config.distill_token:
+        other = '--distill-token' if config.distill_token else f'--feature-distill {config.feature_distill}'
+        raise UsageError(f'{other} with {flag}: MEKD compares the logits of one head; leave one of the two out')
     for name in ('mixup', 'cutmix', 'cutmix_minmax'):
         if getattr(config, name):
             raise UsageError(f'{flag_of(name)} with {flag}: the student sees generated images alone; leave it out')

@@ -8,6 +8,7 @@ from .ce_teacher import CETeacher, ce_teacher_loss
 from .ctkd import CTKD
 from .dist import DIST, inter_class_loss, intra_class_loss
 from .dkd import DKD, non_target_class_loss, target_class_loss
+from .features import FEATURES, FeatureLoss, create_feature_loss, describe_features
 from .gdkd import GDKD, group_losses
 from .kd import KD, kd_loss
 from .la import LA, la_loss
@@ -35,6 +36,7 @@ from .registry import (
     choose_criterion,
     create_distill_loss,
     describe_criteria,
+    describe_methods,
     get_criterion,
     published_defaults,
 )
@@ -44,11 +46,12 @@ from .wttm import WTTM, wttm_loss
 
 __all__ = [
     'ABKD', 'abkd_loss', 'adversarial_loss', 'ATKD', 'atkd_loss', 'BiLD', 'bild_loss', 'ce_teacher_loss', 'CETeacher',
-    'choose_criterion', 'correction_loss', 'create_distill_loss', 'CRITERIA', 'CriterionInfo', 'CTKD',
-    'describe_criteria', 'discriminator_loss', 'DIST', 'DistillLoss', 'DKD', 'GDKD', 'get_criterion', 'group_losses',
-    'information_loss', 'inter_class_loss', 'intra_class_loss', 'KD', 'kd_loss', 'Knob', 'LA', 'la_loss', 'LDRLD',
-    'local_relations_loss', 'LR', 'lr_loss', 'masked_correlation_loss', 'MEKD', 'mekd_loss', 'mekd_losses', 'MLKD',
-    'mlkd_loss', 'NKD', 'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD', 'pld_loss',
-    'published_defaults', 'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'to_pixels',
-    'top_probability', 'TTM', 'ttm_loss', 'WTTM', 'wttm_loss',
+    'choose_criterion', 'correction_loss', 'create_distill_loss', 'create_feature_loss', 'CRITERIA', 'CriterionInfo',
+    'CTKD', 'describe_criteria', 'describe_features', 'describe_methods', 'discriminator_loss', 'DIST', 'DistillLoss',
+    'DKD', 'FeatureLoss', 'FEATURES', 'GDKD', 'get_criterion', 'group_losses', 'information_loss', 'inter_class_loss',
+    'intra_class_loss', 'KD', 'kd_loss', 'Knob', 'LA', 'la_loss', 'LDRLD', 'local_relations_loss', 'LR', 'lr_loss',
+    'masked_correlation_loss', 'MEKD', 'mekd_loss', 'mekd_losses', 'MLKD', 'mlkd_loss', 'NKD',
+    'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD', 'pld_loss', 'published_defaults',
+    'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'to_pixels', 'top_probability',
+    'TTM', 'ttm_loss', 'WTTM', 'wttm_loss',
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from .ce_teacher import CETeacher
 from .ctkd import CTKD
 from .dist import DIST
 from .dkd import DKD
+from .features import describe_features, get_feature_method
 from .gdkd import GDKD
 from .kd import KD
 from .la import LA
@@ -324,14 +325,17 @@ def get_criterion(name: str, standardize: bool = False) -> CriterionInfo:
     return CRITERIA[name].standardized() if standardize else CRITERIA[name]
 
 
-def published_defaults(name: str, standardize: bool, epochs: int, distill_token: bool = False) -> dict[str, Any]:
+def published_defaults(
+    name: str, standardize: bool, epochs: int, distill_token: bool = False, features: str = 'none'
+) -> dict[str, Any]:
     """Return :meth:`CriterionInfo.defaults` of a criterion, as `--distill`, `--standardize`, `--epochs` and
-    `--distill-token` choose it.
+    `--distill-token` choose it, and those of a method on features.
 
     Raises:
-        ValueError: as :func:`get_criterion`.
+        ValueError: as :func:`get_criterion` and :func:`timm_rld.loss.features.get_feature_method`.
     """
-    return get_criterion(name, standardize).defaults(epochs, distill_token)
+    of_features = get_feature_method(features).defaults(epochs) if features != 'none' else {}
+    return get_criterion(name, standardize).defaults(epochs, distill_token) | of_features
 
 
 def choose_criterion(
@@ -388,6 +392,14 @@ def describe_criteria() -> str:
             if row.imagenet:
                 lines.append(f'{"":<{width}}  ImageNet: {row.imagenet}')
     return '\n'.join(lines)
+
+
+def describe_methods() -> str:
+    """The table of criteria and that of methods on features, as text under `--help`."""
+    return (
+        f'criteria (--distill):\n{describe_criteria()}\n\n'
+        f'methods on features (--feature-distill):\n{describe_features()}'
+    )
 
 
 def create_distill_loss(name: str, **options: Any) -> DistillLoss:

@@ -1,6 +1,16 @@
 """Teacher and student: where they may differ, in classes, size, channels, normalisation and weights."""
 
 from .class_map import match_classes, read_class_map
+from .features import (
+    FeatureMap,
+    Features,
+    MapPairs,
+    Taps,
+    WithFeatures,
+    forward_with_features,
+    look_at_features,
+    pair_maps,
+)
 from .heads import enable_distilled_training, has_distillation_head, in_distilled_training, outputs_of_heads
 from .pair import Pair, audit, check_kwargs, create_pair, create_student, create_teacher, teacher_skeleton
 from .query import (
@@ -42,9 +52,10 @@ from .weights import (
 __all__ = [
     'asked_about', 'audit', 'build_model', 'check_accuracy', 'check_answer', 'check_kwargs', 'close_teacher',
     'ClosedTeacher', 'constructor_arguments', 'create_normalize', 'create_pair', 'create_student', 'create_teacher',
-    'enable_distilled_training', 'hard_rows', 'has_batch_norm', 'has_distillation_head', 'has_fixed_size',
-    'in_distilled_training', 'least_teacher_accuracy', 'load_into', 'load_query', 'load_weights', 'look_up',
-    'match_classes', 'ModelInfo', 'Normalize', 'outputs_of_heads', 'Pair', 'Queries', 'QueryError', 'QueryTeacher',
-    'read_class_map', 'resize_mode', 'resized_to', 'soft_rows', 'Teacher', 'teacher_skeleton', 'TeacherQuery',
-    'to_memory_format', 'weights_digest', 'weights_file',
+    'enable_distilled_training', 'FeatureMap', 'Features', 'forward_with_features', 'hard_rows', 'has_batch_norm',
+    'has_distillation_head', 'has_fixed_size', 'in_distilled_training', 'least_teacher_accuracy', 'load_into',
+    'load_query', 'load_weights', 'look_at_features', 'look_up', 'MapPairs', 'match_classes', 'ModelInfo', 'Normalize',
+    'outputs_of_heads', 'Pair', 'pair_maps', 'Queries', 'QueryError', 'QueryTeacher', 'read_class_map', 'resize_mode',
+    'resized_to', 'soft_rows', 'Taps', 'Teacher', 'teacher_skeleton', 'TeacherQuery', 'to_memory_format',
+    'weights_digest', 'weights_file', 'WithFeatures',
 ]  # fmt: skip

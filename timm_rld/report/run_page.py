@@ -20,7 +20,7 @@ from .. import metrics
 from ..config import FIELDS, Config, flag_of, resolve
 from ..errors import UserError
 from ..loss import published_defaults
-from ..run_folder import RunFiles
+from ..run_folder import RunFiles, read_exports
 from . import figures, plots
 from .figures import Array, Predictions
 from .images import Images, class_counts, data_config, first_images, read_facts
@@ -114,6 +114,12 @@ def _with_own_cache(found: Finding, cache: str | None) -> Finding:
     return replace(found, command=f'{found.command} --teacher-cache {shlex.quote(own)}')
 
 
+def _method(results: dict[str, Any]) -> str:
+    """What a run distilled by, as `--criteria` of a comparison takes it."""
+    features = results.get('feature_distill', 'none')
+    return results['distill'] if features == 'none' else f'{results["distill"]}+{features}'
+
+
 def _about(r: Report) -> str:
     settings, results = r.run.settings, r.results
     data = settings.get('dataset') or settings.get('data_dir') or 'UCI handwritten digits'
@@ -121,7 +127,7 @@ def _about(r: Report) -> str:
     if settings.get('val_fraction') is not None:
         split = f'{settings.get("train_split")} ({100 * settings["val_fraction"]:g} % of it held out)'
     return (
-        f'{results["distill"]}, {results["epochs"]} epoch(s), seed {results["seed"]}; {data}, split {split}, '
+        f'{_method(results)}, {results["epochs"]} epoch(s), seed {results["seed"]}; {data}, split {split}, '
         f'{results["num_classes"]:,} classes'
     )
 
@@ -164,12 +170,14 @@ def base_facts(r: Report) -> dict[str, Any]:
         return shlex.join([*train, '--seed', str(seed), *same, '--experiment', f'{run.name}-seed{seed}'])
 
     images = settings.get('data_dir')
-    own = results['distill'] if results['distill'] != 'none' else 'rld'
+    method, features = _method(results), results.get('feature_distill', 'none')
+    own = method if method != 'none' else 'rld'
+    no_features = ' --feature-distill none' if features != 'none' else ''
     return {
         'epochs': epochs, 'chance': 100 / results['num_classes'], 'run': shlex.quote(str(run)), 'name': name,
         'train': shlex.join(train),
-        'train_none': None if own != results['distill'] else (
-            f'{shlex.join(train)} --distill none --experiment {name}-none'
+        'train_none': None if own != method else (
+            f'{shlex.join(train)} --distill none{no_features} --experiment {name}-none'
         ),
         'better_teacher': f'{shlex.join([*start, *config])} --teacher-epochs {2 * longer} --experiment {name}-taught'
         if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(results.get('teacher'))}'",
@@ -225,7 +233,7 @@ def verdict(r: Report) -> dict[str, Any]:
         tiles.append((f'{who}, top-1', _points(top1), note, who if who != 'without distillation' else 'third'))
     r.facts.update(images=count)
     differences = _differences(r)
-    return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r)) if t]}
+    return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r), _exports(r)) if t]}
 
 
 def _differences(r: Report) -> Table | None:
@@ -290,6 +298,21 @@ def _sizes(r: Report) -> Table | None:
         if rows
         else None
     )
+
+
+def _exports(r: Report) -> Table | None:
+    """The exports that lie in the run, with the figures of their checks."""
+    rows, device = [], ''
+    for export in read_exports(r.run.folder):
+        about, check = export.about, export.about['check'] or {}
+        cells = ['not checked', '', '']
+        if check:
+            same, ms = check['same_top1'], (check.get('latency_ms') or {}).get('file', {})
+            cells = [_points(check['top1']['file']), f'{100 * same:.2f} %', f'{ms["1"]:.2f} ms' if '1' in ms else '']
+            device = check.get('latency_device') or device
+        rows.append([export.file.name, about['weights'], about['precision'], f'{about["bytes"] / 1e6:.1f} MB', *cells])
+    columns = ['file', 'weights', 'precision', 'size#', 'top-1#', 'same class as torch#', 'an image#']
+    return Table(columns, rows, f'Exports{f" ({device})" if device else ""}') if rows else None
 
 
 # ---------------------------------------------------------------------------------------------------- right and wrong
@@ -708,11 +731,14 @@ def settings(r: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_OF_THE_RUN = ('teacher', 'student', 'dataset', 'data_dir')
+
+
 def _defaults(r: Report) -> Config:
     """The settings of a run of this pair, data and length that gave no other."""
     then = r.run.settings
     given: dict[str, Any] = {
-        n: then.get(n) for n in ('teacher', 'student', 'dataset', 'data_dir', 'distill', 'epochs') if then.get(n)
+        n: then.get(n) for n in (*_OF_THE_RUN, 'distill', 'feature_distill', 'epochs') if then.get(n)
     }
     facts = read_facts(r.run)
     try:

@@ -149,6 +149,10 @@ def _check(
         if flag_of(name) in named:
             raise UsageError(f"{flag_of(name)}: is searched; what is to stay fixed follows a colon: 'rld:beta=2'")
     config = check_flags(seeds, flags, 'tune')
+    if config.feature_distill != 'none':
+        raise UsageError(
+            f'--feature-distill {config.feature_distill}: tune searches criteria alone; give --feature-distill none'
+        )
     if config.push_to_hub:
         raise UsageError('--push-to-hub: tune makes many students; push the one that you want with `timm-rld push RUN`')
     if resolve(config).epochs == 0:
