@@ -30,6 +30,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     from timm_rld import data, engine, hub, loss, pairing, run_folder
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
+    from timm_rld.mekd_task import MEKDTask
     from timm_rld.resume import open_run
     from timm_rld.task import DistillationTask, create_features
 
@@ -48,8 +49,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     config.give(train_split=train_split.split, val_split=None if config.val_fraction else val_split.split)
     main_only(accelerator, lambda: data.first_look(train_split, val_split, config.on_bad_image, log))
     num_classes, class_names = train_split.num_classes, train_split.class_names
-    if criterion is not None:
-        criterion.check_classes(num_classes)
+    engine.check_data(criterion, train_split, config)
     config = resolve(config, accelerator.num_processes, train_split.images, loss.published_defaults)
     for line in (*describe_derived(config), *data.describe_classes(train_split)):
         log(line)
@@ -102,7 +102,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
-        task = DistillationTask(
+        run_on['train_loader'] = engine.prepare_images(criterion, pair, folder, config, class_names, **run_on)
+        task = (MEKDTask if info.generated else DistillationTask)(
             pair.student, pair.teacher if criterion or features else None, criterion, normalize=pair.normalize,
             cache=cache, features=features, class_weights=class_weights, **config.arguments_of('DistillationTask'),
         )  # fmt: skip

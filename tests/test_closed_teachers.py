@@ -30,7 +30,7 @@ from train_distill import main
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'black_box.json').read_text(encoding='utf-8'))
-SOFT = [name for name, row in CRITERIA.items() if row.cls and 'soft' in row.answers]
+SOFT = [name for name, row in CRITERIA.items() if row.plain and 'soft' in row.answers]
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ QUERY = ['--teacher-query', 'closed_teachers:ask', '--student', 'resnet18']
         *(
             ([*TIMM, '--black-box', 'hard', '--distill', name], '--distill ce_teacher')
             for name, row in CRITERIA.items()
-            if row.cls and 'hard' not in row.answers
+            if row.plain and 'hard' not in row.answers
         ),
         ([*TIMM, '--black-box', 'hard', '--distill', 'ce_teacher', '--teacher-class-map', 'auto'], 'no counterpart'),
         ([*TIMM, *QUERY], '--teacher resnet34 with --teacher-query closed_teachers:ask: there is one teacher'),

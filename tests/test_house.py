@@ -33,6 +33,7 @@ FLOORS = {
     'run_folder': {'errors', 'files'},
     # 3
     'task': {'errors', 'data', 'pairing', 'loss'},
+    'mekd_task': {'data', 'loss', 'task'},
     'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
     'hub': {'errors', 'offline', 'config', 'run_folder'},
     'resume': {'errors', 'files', 'config', 'distributed', 'data', 'run_folder'},
@@ -46,6 +47,7 @@ FLOORS = {
         'metrics',
         'config',
         'distributed',
+        'models',
         'data',
         'pairing',
         'loss',
@@ -69,7 +71,19 @@ FLOORS = {
     },
     'report': {'errors', 'files', 'metrics', 'config', 'loss', 'data', 'run_folder', 'cache'},
     # 6
-    'bench': {'errors', 'config', 'distributed', 'data', 'pairing', 'loss', 'task', 'cache', 'engine'},
+    'bench': {
+        'errors',
+        'config',
+        'distributed',
+        'models',
+        'data',
+        'pairing',
+        'loss',
+        'task',
+        'mekd_task',
+        'cache',
+        'engine',
+    },
     'export': {
         'errors',
         'files',

@@ -39,6 +39,8 @@ _PUBLIC = {
     'TeacherQuery': 'pairing',
     'Teacher': 'pairing',
     'DistillationTask': 'task',
+    'Generator': 'models',
+    'mekd_loss': 'loss',
     'MixedTarget': 'data',
     'export_model': 'hub',
     'UserError': 'errors',

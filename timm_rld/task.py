@@ -333,6 +333,10 @@ class DistillationTask(TrainingTask):
                 criterion.compile(**kwargs)
         return self.eval_model
 
+    def images(self, input: Tensor) -> Tensor:
+        """Return the images that the networks see of a loader's batch: here the batch itself."""
+        return input
+
     def ask_teacher(
         self, input: Tensor, target: Tensor | None = None, indices: Tensor | None = None, epoch: int | None = None
     ) -> tuple[Tensor | None, list[Tensor] | None]:

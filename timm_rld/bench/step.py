@@ -32,6 +32,7 @@ from ..errors import UsageError
 from ..loss import choose_criterion
 from ..pairing import Pair, Teacher, WithFeatures, create_student, look_up
 from ..task import DistillationTask, FeatureDistillation, create_features
+from .generated import bench_generated, describe_generated
 from .measure import Profiled, markdown
 from .photographs import write_photographs
 
@@ -67,13 +68,22 @@ def run(args: argparse.Namespace) -> str:
         values = getattr(args, name)
         if lowest and min(values if isinstance(values, list) else [values]) < lowest:
             raise UsageError(f'--{name.replace("_", "-")} {values}: must be at least {lowest}')
-    if choose_criterion(args.distill, False, {})[1] is None:
+    row, criterion = choose_criterion(args.distill, False, {})
+    if criterion is None:
         raise UsageError(f'--distill {args.distill}: distils nothing')
     workers = parse_args(['--workers', args.workers]).workers
     for flag, name in (('--teacher', args.teacher), ('--student', args.student)):
         look_up(name, flag)
     texts: list[str] = []
     for classes in args.num_classes or [1000 if args.img_size >= 128 else 100]:
+        if row.generated:
+            texts.append(describe_generated(bench_generated(
+                args.teacher, args.student, num_classes=classes, **{name: getattr(args, name) for name in (
+                    'img_size', 'batch_size', 'mixed_precision', 'torchcompile', 'channels_last', 'cpu_threads',
+                    'rounds', 'steps',
+                )},
+            )))  # fmt: skip
+            continue
         found = bench_step(
             args.teacher, args.student, num_classes=classes, rounds=args.rounds, steps=args.steps,
             loader=not args.no_loader and not texts, data_dir=args.data_dir,

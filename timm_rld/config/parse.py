@@ -361,10 +361,11 @@ def parse_args(
     derived = tuple(name for name in origin.derived if name in kept and name not in values)
     if resume == 'auto':
         from_file, origin = _settings_of_run(config)
+    config.origin = Origin(flags=tuple(values))
     if origin.derived:
         earlier = settings(**from_file)
         earlier.origin = origin
-        config.origin = Origin(derived, earlier=earlier, resumed=resume is not None)
+        config.origin = Origin(derived, earlier=earlier, resumed=resume is not None, flags=tuple(values))
     return config
 
 

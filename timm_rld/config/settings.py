@@ -92,6 +92,7 @@ class Origin:
         processes, images: training processes and images that it knew of; None: it did not, or has not run.
         earlier: the settings of an earlier run, as its args.yaml has them, on which these build.
         resumed: whether that run is continued.
+        flags: names of the settings that the command line gave.
     """
 
     derived: tuple[str, ...] = ()
@@ -99,6 +100,7 @@ class Origin:
     images: int | None = None
     earlier: Config | None = None
     resumed: bool = False
+    flags: tuple[str, ...] = ()
 
 
 @dataclass
@@ -205,6 +207,18 @@ class Config:
         choices=('float16', 'bfloat16', 'float32'), used_by='TeacherCache:dtype')  # fmt: skip
     smoothing: float | None = setting(None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0,
         le=0.99, used_by='DistillationTask')  # fmt: skip
+    generator: str | None = setting(None, DISTILL,
+        'mekd: a generator trained before, in place of phase 1: a run folder, its folder generator, or a file',
+        used_by='prepare_generator:given', path=True, belongs_to='distill')  # fmt: skip
+    generator_epochs: int | None = setting(None, DISTILL,
+        'mekd: epochs of phase 1, which trains the generator on the training images (default: 200)', ge=1,
+        used_by='prepare_generator:epochs', belongs_to='distill')  # fmt: skip
+    generator_kwargs: dict = setting({}, DISTILL,
+        'mekd: settings of phase 1, as name=value: batch_size=64 lr=2e-4 info_weight=0.5 info=paper img_size=32',
+        used_by='prepare_generator:options', belongs_to='distill')  # fmt: skip
+    steps_per_epoch: int | None = setting(None, DISTILL,
+        'mekd: optimizer steps of an epoch of the student, on generated images (default: 500)', ge=1,
+        used_by='prepare_generator', belongs_to='distill')  # fmt: skip
     class_weights: str | None = setting(None, DISTILL,
         "weigh the classes in the student's cross-entropy: 'auto' (by inverse frequency), or a CSV file with a class "
         'and a weight a line', used_by='class_weights:weights gather_facts:weights', path=True)  # fmt: skip
@@ -236,6 +250,9 @@ class Config:
     train_on_holdout: bool = setting(False, DATA,
         'train on the share of --tune-holdout too, as the teacher of `timm-rld tune` does', flag=True,
         used_by='open_splits', per_run=True)  # fmt: skip
+    train_fraction: float | None = setting(None, DATA,
+        'train on this share of the training images alone, drawn by --seed (a teacher trained here has them all)',
+        gt=0, le=1, used_by='open_splits')  # fmt: skip
     train_num_samples: int | None = setting(None, DATA,
         'number of images of a streamed training split, where the dataset does not give it', gt=0,
         used_by='open_splits')  # fmt: skip

@@ -16,6 +16,7 @@ from ..errors import UsageError, UserError, did_you_mean
 from ..loss.features import check_features
 from ..pairing import load_query
 from ..task import DistillationTask
+from .mekd_settings import check_generated
 
 _FUSED = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')  # those of torch that have it on CPUs and GPUs
 
@@ -64,6 +65,7 @@ def check_settings(config: Config) -> None:
     if config.student is None or (config.teacher_name is None and distils):
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
     check_features(config.feature_distill, config.feature_kwargs, config.distill)
+    check_generated(config)
     if config.teacher_query is not None:
         load_query(config.teacher_query)
     if config.teacher_answers is not None and (kind := answers_kind(config.teacher_answers)) != config.black_box:

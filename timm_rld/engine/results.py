@@ -18,6 +18,7 @@ from ..pairing import Pair, Teacher, teacher_skeleton, to_memory_format
 from ..task import DistillationTask
 from .asking import sum_over_processes
 from .checkpoint import Checkpoints, Damaged, Position, read_checkpoint
+from .generated import describe_generated
 from .predictions import Recorder, figures, gather, record, write_predictions
 from .speed import Network, latencies, size_of
 from .state import wants_channels_last
@@ -93,7 +94,8 @@ def describe_models(
 
     Returns:
         `models`: of `student` and `teacher` size (:func:`size_of`), speed (:func:`latencies`) and :func:`figures`; of a
-        closed teacher what can be known of it, and what it answers with. `queries`: images that it was asked about.
+        closed teacher what can be known of it, and what it answers with; of a student trained on generated images also
+        `generator` (:func:`describe_generated`). `queries`: images that the closed teacher was asked about.
     """
     recorders: dict[str, Recorder] = {}
     if config.epochs:
@@ -114,6 +116,8 @@ def describe_models(
     }
     if config.black_box is not None and 'teacher' in models:
         models['teacher'] = {'answers': config.black_box, **models['teacher']}
+    if (folder / 'generator').is_dir() and config.epochs:
+        models['generator'] = main_only(accelerator, lambda: describe_generated(pair, accelerator, config, folder))
     if teacher.queries is None:
         return {'models': models}
     queries = sum_over_processes(teacher.queries.count, accelerator)

@@ -103,8 +103,8 @@ def train_teacher(
     settings = config.of_teacher()
     accelerator.print(f'training the teacher {config.teacher} first, for {settings.epochs} epoch(s) (--teacher-epochs)')
     fit(
-        task, train_loader, val_loader, accelerator, settings, log_file=log_file, checkpoints=checkpoints,
-        phase='teacher',
+        task, train_loader.of_the_whole(), val_loader, accelerator, settings, log_file=log_file,
+        checkpoints=checkpoints, phase='teacher',
     )  # fmt: skip
     if task.has_ema():
         model.load_state_dict(task.trainable_module_ema.module.state_dict())

@@ -26,6 +26,7 @@ from .kd import KD
 from .la import LA
 from .ldrld import LDRLD
 from .lr import LR
+from .mekd import MEKD
 from .mlkd import MLKD
 from .nkd import NKD
 from .normkd import NormKD
@@ -70,6 +71,9 @@ class CriterionInfo:
         epochs: of the published run, of which the ramp is a share.
         imagenet: flags that turn these values, which are those of CIFAR-100, into the published ones of ImageNet.
         not_standardized: why logit standardisation makes no sense with it; empty where it does.
+        generated: whether the student is trained on images of a generator alone, with neither images nor labels of the
+            dataset (:class:`timm_rld.mekd_task.MEKDTask`); ``cls`` then takes the generator beside its options.
+        settings: further settings of a run that have a default of their own with it, by name.
         answers: what it can be computed from: the teacher's `logits`; log-probabilities, which are the logits up to a
             constant of each row (`soft`); one-hot rows of the teacher's class (`hard`).
         knobs: what `timm-rld tune` searches.
@@ -88,8 +92,15 @@ class CriterionInfo:
     epochs: int = 240
     imagenet: str = ''
     not_standardized: str = ''
+    generated: bool = False
+    settings: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     answers: tuple[str, ...] = ('logits', 'soft')
     knobs: tuple[Knob, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss is a function of student's and teacher's logits (and the target) alone."""
+        return self.cls is not None and not self.generated
 
     @property
     def cited(self) -> str:
@@ -109,6 +120,7 @@ class CriterionInfo:
             task_loss_weight=self.task_weight or float(distill_token),
             distill_loss_weight=self.distill_weight,
             distill_warmup_epochs=min(share, self.warmup_epochs),
+            **self.settings,
         )
 
     def standardized(self) -> CriterionInfo:
@@ -282,6 +294,15 @@ CRITERIA: dict[str, CriterionInfo] = {
             knobs=(_TEMPERATURE, _TASK_WEIGHT),
         ),
         _row(
+            'mekd', MEKD, 'what a generator makes of both logits; trained on generated images, without labels',
+            'Aligning Logits Generatively for Principled Black-Box Knowledge Distillation, Ma et al., CVPR', 2024,
+            options={
+                'temperature': 5.0, 'gen_temperature': 5.0, 'image_weight': 1.0, 'kl_weight': 1.0, 'norm': 'l1',
+            }, task_weight=0.0, not_standardized='its generator takes logits as they are',
+            answers=_ANY, generated=True, settings=MappingProxyType({'steps_per_epoch': 500, 'generator_epochs': 200}),
+            knobs=(_TEMPERATURE, Knob('image_weight', (0.1, 10)), Knob('kl_weight', (0.1, 10))),
+        ),
+        _row(
             'ce_teacher', CETeacher, "cross-entropy with the teacher's class, without labels",
             'hard distillation in Training data-efficient image transformers & distillation through attention, '
             'Touvron et al., ICML', 2021,
@@ -365,6 +386,8 @@ def describe_criteria() -> str:
                 f'{"":<{width}}  weights: task {row.task_weight:g}, distillation {row.distill_weight:g}{ramp}; '
                 f'options: {options}'
             )
+            if row.settings:
+                lines.append(f'{"":<{width}}  settings: ' + ', '.join(f'{k} {v}' for k, v in row.settings.items()))
             lines.append(f'{"":<{width}}  {row.cited}')
             if row.imagenet:
                 lines.append(f'{"":<{width}}  ImageNet: {row.imagenet}')
