@@ -28,7 +28,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     """Train with the given settings. Returns what results.json holds, and the run folder as `run`."""
     import torch
 
-    from timm_rld import data, engine, hub, pairing, run_folder
+    from timm_rld import data, engine, hub, pairing, poison, run_folder
     from timm_rld.cache import TeacherCache
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
     from timm_rld.loss import choose_criterion, published_defaults
@@ -56,6 +56,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     for line in (*describe_derived(config), *data.describe_classes(train_split)):
         log(line)
     class_weights = data.class_weights(train_split, **config.arguments_of('class_weights'))
+    attacker = poison.create_poison(train_split, **config.arguments_of('create_poison'))
 
     # ---- student, teacher
     torch.manual_seed(config.seed)  # before each of the two, so that neither's start depends on the other
@@ -75,8 +76,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             num_classes=num_classes, class_names=class_names, to_train=train_teacher, image_size=pair.image_size,
             **config.arguments_of('create_teacher'),
         )  # fmt: skip
-    trained = [(pair.student, '--student', pair.data_config)]
-    trained += [(pair.teacher.model, '--teacher', pair.teacher_data_config)] if train_teacher else []
+    trained = pair.trained(train_teacher)
     main_only(accelerator, lambda: [hub.check_export(*network) for network in trained])
     train_loader, val_loader = data.create_loaders(
         train_split, val_split, pair.data_config,
@@ -100,15 +100,15 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
 
     # ---- criterion, task → fit → export
     results = dict(
-        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=dict(info.options),
-        num_classes=num_classes, teacher_top1=teacher.top1, teacher_macro=teacher.macro, command=command,
-        paper=info.cited, teacher_sha256=teacher.digest, versions=run_folder.versions(),
+        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), num_classes=num_classes, command=command,
+        distill_options=dict(info.options), paper=info.cited, teacher_top1=teacher.top1, teacher_macro=teacher.macro,
+        teacher_sha256=teacher.digest, poison=attacker and attacker.facts(), versions=run_folder.versions(),
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
         task = DistillationTask(
             pair.student, pair.teacher if criterion is not None else None, criterion, normalize=pair.normalize,
-            cache=cache, class_weights=class_weights, **config.arguments_of('DistillationTask'),
+            cache=cache, class_weights=class_weights, poison=attacker, **config.arguments_of('DistillationTask'),
         )  # fmt: skip
         export = functools.partial(hub.export_model, data_config=pair.data_config, label_names=class_names)
         if config.push_to_hub and is_main:

@@ -35,6 +35,8 @@ _PUBLIC = {
     'Teacher': 'pairing',
     'DistillationTask': 'task',
     'MixedTarget': 'data',
+    'poison_logits': 'poison',
+    'poisoned_indices': 'poison',
     'export_model': 'hub',
     'UserError': 'errors',
 }

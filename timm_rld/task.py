@@ -15,6 +15,7 @@ from .data import MixedTarget
 from .data.replay import ReplayDataset
 from .loss import CRITERIA, DistillLoss, create_distill_loss
 from .pairing import Normalize, Teacher, create_normalize
+from .poison import Poison
 
 
 class CachedLogits(Protocol):
@@ -70,10 +71,11 @@ class DistillationTask(TrainingTask):
         class_weights: of the cross-entropy, `[C]`: the mean over a batch of weight[class] · CE. None: all 1.
         normalize: of the student; None for that of its `pretrained_cfg`.
         cache: of the teacher's logits; the teacher may then be None.
+        poison: changes the teacher's logits on a part of the training images, after the cache.
         device, dtype, verbose: as in timm.
 
     Raises:
-        ValueError: a criterion without a teacher or its cache.
+        ValueError: a criterion without a teacher or its cache; poison without a criterion.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class DistillationTask(TrainingTask):
         class_weights: Tensor | None = None,
         normalize: Normalize | None = None,
         cache: CachedLogits | None = None,
+        poison: Poison | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = False,
@@ -98,6 +101,8 @@ class DistillationTask(TrainingTask):
             criterion = None if criterion == 'none' else create_distill_loss(criterion)
         if criterion is not None and teacher is None and cache is None:
             raise ValueError('a distillation criterion needs a teacher')
+        if criterion is None and poison is not None:
+            raise ValueError('without a criterion there are no logits to poison')
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(teacher)
         row = CRITERIA['none'] if criterion is None else CRITERIA.get(getattr(criterion, 'name', ''))
@@ -108,7 +113,7 @@ class DistillationTask(TrainingTask):
         )
         self.trainable_module = student
         self.teacher = teacher
-        self.cache = cache
+        self.cache, self.poison = cache, poison
         self.normalize = normalize if normalize is not None else create_normalize(student)
         self.criterion = criterion
         self.task_criterion: nn.Module = create_classification_loss('ce', smoothing=smoothing)
@@ -172,13 +177,14 @@ class DistillationTask(TrainingTask):
     def teacher_logits(
         self, input: Tensor, target: Tensor | None = None, indices: Tensor | None = None, epoch: int | None = None
     ) -> Tensor | None:
-        """Return the teacher's logits `[B, C]` for an input of :meth:`forward`; None where nothing is distilled.
+        """Return the teacher's logits `[B, C]` for an input of :meth:`forward`, poisoned where that is asked for; None
+        where nothing is distilled.
 
         Args:
-            target, indices, epoch: with a cache: classes and indices of the images, and the epoch (1-based).
+            target, indices, epoch: with a cache or poison: classes and indices of the images, and the epoch (1-based).
 
         Raises:
-            ValueError: with a cache, where one of these is not given.
+            ValueError: with a cache or poison, where one of these is not given.
         """
         if self.criterion is None:
             return None
@@ -188,14 +194,23 @@ class DistillationTask(TrainingTask):
         def compute() -> Tensor:
             return teacher(self.normalize.inverse(input) if input.is_floating_point() else input)
 
-        if self.cache is None:
+        if self.cache is None and self.poison is None:
             return compute()
         if target is None or indices is None or epoch is None:
-            raise ValueError('a cache of logits needs the classes and indices of the images, and the epoch')
-        return self.cache.logits(epoch, indices, target, compute if teacher is not None else None)
+            what = 'poison' if self.cache is None else 'a cache of logits'
+            raise ValueError(f'{what} needs the classes and indices of the images, and the epoch')
+        if self.cache is None:
+            logits = compute()
+        else:
+            logits = self.cache.logits(epoch, indices, target, compute if teacher is not None else None)
+        return logits if self.poison is None else self.poison(logits, indices, epoch)
 
     def forward(
-        self, input: Tensor, target: Tensor | MixedTarget, teacher_logits: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor | MixedTarget,
+        teacher_logits: Tensor | None = None,
+        indices: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One step's forward pass.
 
@@ -204,10 +219,12 @@ class DistillationTask(TrainingTask):
             target: class indices `[B]`. Of mixed images a :class:`MixedTarget`: then each loss is
                 λ · L(a) + (1-λ) · L(b), since a criterion like RLD needs the class, not a soft target.
             teacher_logits: `[B, C]`, where they are known already; None: they are computed.
+            indices: with poison: of the images in the training split, `[B]`.
 
         Returns:
             `loss` (for backward), `output` (student logits `[B, C]`), `task_loss` (cross-entropy), `kd_loss` (the
-            criterion, before weight and ramp) and the criterion's diagnostics; all but `output` are 0-d.
+            criterion, before weight and ramp), the criterion's diagnostics, and with poison and indices
+            :meth:`Poison.figures` (of mixed images, those of the first one); all but `output` are 0-d.
         """
         output = self.trainable_module(input if input.is_floating_point() else self.normalize(input))
         logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
@@ -233,6 +250,9 @@ class DistillationTask(TrainingTask):
         for name, figure in figures[0].items():
             other = figures[-1][name]
             result[name] = other.lerp(figure, target.lam) if isinstance(target, MixedTarget) else figure
+        if self.poison is not None and indices is not None:
+            first = target.a if isinstance(target, MixedTarget) else target
+            result.update(self.poison.figures(logits, first, indices))
         return result
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import Config, warmup_epochs
 from ..errors import UsageError, UserError, did_you_mean
+from ..poison import check_poison
 
 _FUSED = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')  # those of torch that have it on CPUs and GPUs
 
@@ -39,10 +40,11 @@ def create_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer
 
 
 def check_settings(config: Config) -> None:
-    """Raise an error, before anything is built, where a network is not named, or for an optimizer or schedule that
-    cannot be had with these settings."""
+    """Raise an error, before anything is built, where a network is not named, or for an attack, optimizer or schedule
+    that cannot be had with these settings."""
     if config.student is None or (config.teacher is None and config.distill != 'none'):
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
+    check_poison(**config.arguments_of('check_poison'))
     known = [str(name) for name in list_optimizers()]
     if config.opt.lower() not in known:
         raise UsageError(f'--opt {config.opt}: unknown optimizer{did_you_mean(config.opt, known)}')

@@ -18,7 +18,7 @@ from ..pairing import Pair, audit, check_accuracy, load_weights, weights_digest
 from ..run_folder import teacher_is_trained, write_teacher_checksum
 from ..task import DistillationTask
 from .checkpoint import Checkpoints
-from .evaluate import evaluate
+from .evaluate import evaluate, two_highest
 from .fit import fit
 from .predictions import Recorder
 from .state import wants_channels_last
@@ -30,7 +30,7 @@ class EvaluatedTeacher:
 
     Attributes:
         top1, macro: percent; of an older cache there is no macro accuracy.
-        predictions: this process's predicted classes `[n]`.
+        predictions: of this process's images the two highest classes, `[n, 2]`.
         digest: SHA-256 of its weights.
         recorder: what it says of each image; None where that is in the cache.
         cache: of its logits.
@@ -121,8 +121,8 @@ def evaluate_teacher(
     if cache is not None and cache.validated:
         assert loader.sampler is not None  # a stream has no cache
         loader.set_epoch(0)
-        top1, macro, predictions, digest = cache.validation(loader.sampler.indices())
-        predictions = predictions.to(accelerator.device)
+        top1, macro, logits, digest = cache.validation(loader.sampler.indices())
+        predictions = two_highest(logits).to(accelerator.device)
     else:
         assert pair.teacher is not None
         recorder = Recorder() if cache is None else None  # else what is cached is read when it is asked for
