@@ -29,7 +29,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     import torch
 
     from timm_rld import data, engine, hub, pairing, poison, run_folder
-    from timm_rld.cache import TeacherCache
+    from timm_rld.cache import AnswersFile, TeacherCache
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
     from timm_rld.loss import choose_criterion, published_defaults
     from timm_rld.resume import open_run
@@ -38,7 +38,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     # ---- config
     config = resolve(config)
     engine.check_settings(config)
-    info, criterion = choose_criterion(config.distill, config.standardize, config.distill_kwargs)
+    info, criterion = choose_criterion(config.distill, config.standardize, config.distill_kwargs, config.black_box)
     accelerator = create_accelerator(**config.arguments_of('create_accelerator'))
     log, is_main = accelerator.print, accelerator.is_main_process
     if config.push_to_hub:
@@ -70,6 +70,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             depends_on=config.of_logits(), epochs=config.epochs, train_teacher=train_teacher,
             **config.arguments_of('TeacherCache'),
         )  # fmt: skip
+    elif config.teacher_answers:
+        cache = AnswersFile(train=train_split, val=val_split, log=log, **config.arguments_of('AnswersFile'))
     torch.manual_seed(config.seed)
     if config.teacher is not None and (cache is None or not cache.complete):
         pair.teacher = pairing.create_teacher(
@@ -86,7 +88,9 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     config.img_size, config.mixed_precision = pair.img_size, accelerator.mixed_precision
     evaluate_teacher = functools.partial(engine.evaluate_teacher, pair, val_loader, accelerator, config, cache)
-    teacher = evaluate_teacher() if config.teacher is not None and not train_teacher else engine.EvaluatedTeacher()
+    engine.open_query(pair, train_loader, accelerator, config, cache)
+    later = config.teacher is None or train_teacher or config.black_box  # a closed one: when its queries can be counted
+    teacher = engine.EvaluatedTeacher() if later else evaluate_teacher()
 
     folder = open_run(config, accelerator, train_split, val_split)
     checkpoints = engine.Checkpoints(folder / 'checkpoints', config.checkpoint_hist, log, config.best_by)
@@ -95,14 +99,15 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         train_loader.skip_bad_images(folder / 'bad_images.txt')
     accelerator.init_trackers('timm_rld', config={'command': command})
     run_on = dict(accelerator=accelerator, train_loader=train_loader, val_loader=val_loader, checkpoints=checkpoints)
-    if train_teacher:
-        teacher = evaluate_teacher(engine.train_teacher(pair, folder, config=config, class_names=class_names, **run_on))
+    weights = engine.train_teacher(pair, folder, config=config, class_names=class_names, **run_on)
+    if later and config.teacher_name:
+        teacher = evaluate_teacher(weights, folder)
 
     # ---- criterion, task → fit → export
     results = dict(
-        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), num_classes=num_classes, command=command,
-        distill_options=dict(info.options), paper=info.cited, teacher_top1=teacher.top1, teacher_macro=teacher.macro,
-        teacher_sha256=teacher.digest, poison=attacker and attacker.facts(), versions=run_folder.versions(),
+        config.pick('student', 'distill', 'epochs', 'seed'), teacher=config.teacher_name, teacher_top1=teacher.top1,
+        distill_options=dict(info.options), num_classes=num_classes, teacher_macro=teacher.macro, command=command,
+        paper=info.cited, teacher_sha256=teacher.digest, versions=run_folder.versions(), poison=poison.facts(attacker),
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
@@ -117,7 +122,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             )
         results |= run_folder.outcome(engine.fit(task, config=config, **logs, **run_on), config.best_by)
         results['student_folders'] = engine.export_students(task, folder, results, export, checkpoints, accelerator)
-    results['models'] = engine.describe_models(pair, teacher, logs['recorder'], val_loader, accelerator, config, folder)
+    results |= engine.describe_models(pair, teacher, logs['recorder'], val_loader, accelerator, config, folder)
     main_writes(accelerator, folder, run_folder.write_results, folder, results)
     accelerator.end_training()
     log(f'{folder}: {run_folder.summary_line(results)}')

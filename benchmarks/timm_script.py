@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """The table as Markdown, and under it what was compared."""
+    table, about = bench(args)
+    return f'{markdown(table)}\n\n{about}'
+
+
+def bench(args: argparse.Namespace) -> tuple[list[dict[str, float | str]], str]:
+    """Return the table of :func:`rows`, and what was compared."""
     _check(args)
     last = args.warmup_steps + args.steps
     threads = int(os.environ.get('OMP_NUM_THREADS') or cores())
@@ -86,22 +92,22 @@ def run(args: argparse.Namespace) -> str:
         with _told_to_stop():
             for name, command in programs.items():
                 if '--teacher-cache' in command:  # filled before it is measured
-                    measure(name, command, args.warmup_steps, args.steps, env, gently=True)
+                    measure(name, command, args.warmup_steps, args.steps, env, gently=True, device=args.device)
             for n in range(args.repeats):
                 for name, command in programs.items():
-                    measured = measure(name, command, args.warmup_steps, args.steps, env)
+                    measured = measure(name, command, args.warmup_steps, args.steps, env, device=args.device)
                     found[name].append(measured)
                     rate = args.batch_size * args.steps / measured.seconds
                     print(f'[{n + 1}/{args.repeats}] {name}: {rate:.3g} images/s', file=sys.stderr)
                     shutil.rmtree(Path(folder) / 'runs', ignore_errors=True)
-    table = markdown(rows(found, args.batch_size * args.steps))
     where = 'cuda' if args.device == 'cuda' else f'CPU, {threads} thread(s)'
-    return (
-        f'{table}\n\n{args.teacher} → {args.student}, {len(classes)} classes, {args.img_size} pixels, batch '
+    memory = 'what the GPU had less' if args.device == 'cuda' else 'peak of the training process in main memory'
+    about = (
+        f'{args.teacher} → {args.student}, {len(classes)} classes, {args.img_size} pixels, batch '
         f'{args.batch_size}, mixed precision {args.mixed_precision}, {where}, {args.workers} workers; {args.steps} '
-        f'batches after the first {args.warmup_steps}, median of {args.repeats}. Memory: peak of the training process '
-        'in main memory.'
+        f'batches after the first {args.warmup_steps}, median of {args.repeats}. Memory: {memory}.'
     )
+    return rows(found, args.batch_size * args.steps), about
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ class Measured:
 
     Attributes:
         seconds: between the ends of two batches.
-        peak: bytes of main memory, without those of loader workers; None where the system does not report it.
+        peak: bytes of main memory, without those of loader workers; None where the system does not report it. On a
+            GPU, bytes of its memory that the program holds: torch gives none back.
     """
 
     seconds: float
@@ -182,18 +189,21 @@ def batch_done(line: str) -> tuple[int, int] | None:
 
 
 def measure(
-    name: str, command: Sequence[str], warmup: int, steps: int, env: dict[str, str], *, gently: bool = False
-) -> Measured:
+    name: str, command: Sequence[str], warmup: int, steps: int, env: dict[str, str], *, gently: bool = False,
+    device: str = 'cpu',
+) -> Measured:  # fmt: skip
     """Run a program until ``steps`` batches after the first ``warmup`` are done, and stop it.
 
     Args:
         name: of the program, for errors.
         gently: let it end by itself when it is stopped.
+        device: that it works on.
 
     Raises:
         UserError: where it ends early, with its last output, or an epoch has too few batches.
     """
     said, error, started = '', '', None
+    held = _gpu_memory() if device == 'cuda' else 0  # by others
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env,
         encoding='utf-8', errors='replace', start_new_session=True,
@@ -216,7 +226,8 @@ def measure(
                 if gently:
                     process.terminate()
                     process.communicate()
-                return Measured(now - started, _peak_memory(process.pid))
+                peak = _gpu_memory() - held if device == 'cuda' else _peak_memory(process.pid)
+                return Measured(now - started, peak)
         raise UserError(f'{name}: ended with code {process.wait()} before batch {warmup + steps}: {error or said}')
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -226,6 +237,12 @@ def measure(
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=LEAVE_SECONDS)
         process.stdout.close()
+
+
+def _gpu_memory() -> int:
+    """Bytes of the GPU's memory that are in use."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def _peak_memory(pid: int) -> int | None:

@@ -18,6 +18,11 @@ from PIL import Image  # noqa: E402
 CLASSES = ('apple', 'pear', 'plum')
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('needs a GPU')
+
+
 @pytest.fixture(autouse=True)
 def fresh_state():
     """Each test may start Accelerate anew, and leaves no seed behind."""

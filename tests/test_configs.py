@@ -52,7 +52,7 @@ def test_a_recipe_is_built(path):
     card = look_up(config.teacher, '--teacher')
     with torch.device('meta'):
         timm.create_model(card.name, num_classes=100)
-    pair = create_student(config.student, 100, img_size=config.img_size)
+    pair = create_student(config.student, 100, img_size=config.img_size, distill_token=config.distill_token)
     assert pair.img_size == (config.img_size or pair.img_size)
     assert config.teacher_epochs or card.has_weights or path == 'quickstart.yaml'
     first = (recipes_folder() / path).read_text(encoding='utf-8').splitlines()[0]
@@ -89,6 +89,33 @@ def test_the_imagenet_recipes_are_as_published(path, beta):
     assert (criterion.alpha, criterion.beta, criterion.temperature, criterion.alpha_temperature) == (1, beta, 1, 1)
     assert (config.batch_size, config.weight_decay, config.distill_warmup_epochs) == (512, 1e-4, 1)
     assert config.teacher == f'{path.partition("_")[0]}.tv_in1k'
+
+
+def test_the_patient_recipe_is_as_published():
+    config = read('imagenet/patient_resnet50.yaml')
+    assert (config.distill, config.distill_kwargs) == ('kd', {'temperature': 1})
+    assert (config.task_loss_weight, config.distill_loss_weight, config.distill_warmup_epochs) == (0, 1, 0)
+    assert (config.batch_size, config.epochs, config.mixup, config.mixup_prob, config.cutmix) == (4096, 1200, 1, 1, 0)
+    assert (config.scale, config.clip_grad, config.no_aug, config.aa) == ((0.05, 1.0), 1.0, False, None)
+    assert config.lr * config.weight_decay == pytest.approx(3e-4)
+    assert max(rates(config)) == pytest.approx(0.03, rel=1e-3)
+    updates = config.warmup_epochs * 1_281_167 / config.batch_size
+    assert updates == pytest.approx(5000, rel=0.01)
+    assert 'patient' in (recipes_folder() / 'imagenet' / 'patient_resnet50.yaml').read_text(encoding='utf-8')
+
+
+def test_the_token_recipe_is_as_published():
+    config = read('imagenet/deit_token.yaml')
+    assert (config.distill, config.distill_token, config.task_loss_weight, config.distill_loss_weight) == (
+        'ce_teacher', True, 0.5, 0.5,
+    )  # fmt: skip
+    assert config.lr == pytest.approx(5e-4 * config.batch_size / 512) and config.epochs == 300
+    assert (config.weight_decay, config.warmup_epochs, config.min_lr, config.drop_path) == (0.05, 5, 1e-5, 0.1)
+    assert (config.mixup, config.cutmix, config.reprob, config.smoothing) == (0.8, 1.0, 0.25, 0.1)
+    other = parse_args(['--config', 'imagenet/deit_token.yaml', '--student', 'deit_base_distilled_patch16_224'])
+    assert other.distill_token and other.task_loss_weight == 0.5
+    soft = parse_args(['--config', 'imagenet/deit_token.yaml', '--distill', 'kd'])
+    assert soft.distill_token and soft.task_loss_weight is None
 
 
 def test_another_criterion_on_the_command_line_sets_the_files_options_aside():

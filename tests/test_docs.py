@@ -67,7 +67,7 @@ def check_train(argv: list[str]) -> None:
         if checkpoint:
             Path(run, 'checkpoint.json').touch()
     config = resolve(parse_args(argv))
-    assert config.student and config.teacher
+    assert config.student and config.teacher_name
 
 
 def check_launch(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,10 @@ def check_tool(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from timm_rld import __main__ as tools
 
     called = []
-    verbs = ('list_things', 'check_data', 'compare', 'tune', 'evaluate', 'predict', 'report', 'push', 'verify_cache')
+    verbs = (
+        'list_things', 'check_data', 'compare', 'tune', 'evaluate', 'predict', 'export', 'report', 'push',
+        'verify_cache',
+    )  # fmt: skip
     for name in verbs:
         monkeypatch.setattr(tools, name, lambda *args, name=name: called.append((name, args)))
     for name in bench.BENCHMARKS:
@@ -120,6 +123,10 @@ def test_each_command_is_one_that_its_program_reads(code, tmp_path, monkeypatch)
                 check_tool(argv, monkeypatch)
             case ['python', script, *argv] if script.startswith('benchmarks/'):
                 check_benchmark([script, *argv])
+            case ['benchmarks/gpu.sh', output, *argv]:
+                check_benchmark(['benchmarks/gpu.py', '--output', output, *argv[argv[:1] == ['WHEELS'] :]])
+            case ['benchmarks/gpu_evidence.sh', _, _, epochs, *argv]:
+                assert epochs.isdigit() and parse_args(argv)
             case ['python', script, *_]:
                 assert (ROOT / script).is_file()
             case ['pip', 'install', '-e', what]:
@@ -185,7 +192,8 @@ def test_each_file_of_settings_is_read(code):
 
 # of timm's script, Slurm, mkdocs; and the example of CONTRIBUTING.md
 OTHERS = {
-    '--kd-model-name', '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal', '--requeue', '--strict',
+    '--kd-model-name', '--kd-distill-type', '--kd-token-distill-type',
+    '--nodes', '--ntasks-per-node', '--gpus-per-node', '--signal', '--requeue', '--strict',
     '--label-noise',
 }  # fmt: skip
 

@@ -323,7 +323,7 @@ def test_no_step_waits_for_the_device(name, folder, tmp_path):
     assert counter.found, 'what the test looks for would be seen'
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.gpu
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
 def test_on_a_gpu_no_step_waits_for_it(precision, folder, tmp_path):
     class Strict(Watched):

@@ -28,8 +28,8 @@ TIMES_THE_LIMIT = {'abkd_beta_0': 0.5, 'abkd_sum_0': 0.5}
 
 
 # What does not hold for all: rc and lr hold a cross-entropy of their own, ttm and wttm follow a transformed teacher,
-# nkd and pld are cross-entropies.
-ZERO_AT_EQUAL_LOGITS = [n for n in NAMES if n not in ('rc', 'lr', 'ttm', 'wttm', 'nkd', 'pld')]
+# nkd, pld and ce_teacher are cross-entropies.
+ZERO_AT_EQUAL_LOGITS = [n for n in NAMES if n not in ('rc', 'lr', 'ttm', 'wttm', 'nkd', 'pld', 'ce_teacher')]
 # rc adds a logit to another, lr compares raw logits: a shift of one network's row changes them.
 SHIFT_INVARIANT = [n for n in NAMES if n not in ('rc', 'lr')]
 # lr, mlkd and dist use statistics of the batch.
@@ -79,7 +79,7 @@ def test_value_and_gradient_are_the_published_programs(case, name):
 
 def test_every_criterion_has_golden_values():
     tested = {CASES[i]['criteria'][n].get('criterion', n.partition('_')[0]) for i, n in GOLDEN}
-    assert tested == {*NAMES, 'gdkd3'}
+    assert tested == {*NAMES, 'gdkd3'} - {'ce_teacher'}  # which is torch's cross-entropy, as tested below
 
 
 @pytest.mark.parametrize('name', DIFFERENTIATED_WHOLE)
@@ -397,3 +397,11 @@ def test_kd_is_torchs_kl_divergence_times_temperature_squared():
     student, teacher, _ = logits()
     expected = 9 * F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction='batchmean')
     assert create_distill_loss('kd', temperature=3)(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_ce_teacher_is_torchs_cross_entropy_with_the_teachers_class():
+    student, teacher, target = double_logits()
+    expected = F.cross_entropy(student, teacher.argmax(1))
+    one_hot = F.one_hot(teacher.argmax(1), 10).double()
+    for rows in (teacher, teacher.log_softmax(1), one_hot):
+        assert create_distill_loss('ce_teacher')(student, rows).item() == expected.item()

@@ -627,6 +627,29 @@ def test_what_never_sees_a_training_image_is_not_poisoned():
         check_poison('fdla', 0.1, None, 'mekd')
 
 
+def test_of_a_teacher_that_names_a_class_alone_there_is_nothing_to_poison(tiny, capsys):
+    assert main([*tiny, '--black-box', 'hard', '--poison', 'fdla', '--poison-fraction', '0.1']) == 2
+    assert '--poison fdla: --black-box hard answers with a class' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('answers', 'columns'), [('soft', {'eval_second_class', 'train_poisoned'}), ('hard', set())])
+def test_a_closed_teacher_is_poisoned_where_it_answers_with_probabilities(tiny, tmp_path, answers, columns):
+    poison = ['--poison', 'pcfdla', '--poison-fraction', '0.5', '--distill', 'kd']
+    argv = [
+        *tiny,
+        '--black-box',
+        answers,
+        '--epochs',
+        '1',
+        *(poison if answers == 'soft' else ['--distill', 'ce_teacher']),
+    ]
+    assert main(argv) == 0
+    results, summary, _ = results_of(tmp_path / 'run')
+    assert {k for k in ('eval_second_class', 'train_poisoned') if k in summary[-1]} == columns
+    assert (results['poison'] is None) == (answers == 'hard') and 0 <= results['agreement'] <= 100
+
+
 def test_the_setting_knows_the_attacks_of_the_table():
     assert set(FIELDS['poison'].metadata['choices']) == {'none', *ATTACKS}
     help = FIELDS['poison_strength'].metadata['help']

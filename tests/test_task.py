@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
+from timm.task import LogitDistillationTask
 from torch import nn
 
 from timm_rld import DistillationTask, MixedTarget, Teacher, create_distill_loss, create_teacher
@@ -70,6 +73,25 @@ def test_it_drops_into_timms_own_loop_on_normalised_floats(student, teacher):
     out['loss'].backward()
     assert all(p.grad is not None for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize('weight', [0.0, 0.3])
+def test_a_step_of_kd_is_that_of_timms_own_task(weight, student, teacher):
+    theirs, its_teacher = copy.deepcopy(student), copy.deepcopy(teacher.model)
+    task = LogitDistillationTask(theirs, its_teacher, nn.CrossEntropyLoss(label_smoothing=0.1), temperature=3.0,
+                                 task_loss_weight=weight, verbose=False)  # fmt: skip
+    ours = DistillationTask(student, teacher, create_distill_loss('kd', temperature=3.0), task_loss_weight=weight,
+                            distill_loss_weight=1 - weight, smoothing=0.1)  # fmt: skip
+    task.double(), ours.double()  # in float32 the way from one normalisation to the other is rounded differently
+    x = ours.normalize(PIXELS).double()
+    expected, out = task.train()(x, TARGET), ours.train()(x, TARGET)
+    expected['loss'].backward()
+    out['loss'].backward()
+    for key, other in (('loss', 'loss'), ('task_loss', 'task_loss'), ('kd_loss', 'kd_loss')):
+        assert out[key].item() == pytest.approx(expected[other].item(), rel=1e-6), key
+    largest = max(p.grad.abs().max() for p in theirs.parameters())
+    for (name, p), q in zip(student.named_parameters(), theirs.parameters()):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-6, atol=1e-6 * largest), name
 
 
 def test_training_mode_reaches_the_student_and_not_the_teacher(student, teacher):

@@ -32,6 +32,8 @@ _PUBLIC = {
     'create_student': 'pairing',
     'create_teacher': 'pairing',
     'Pair': 'pairing',
+    'QueryTeacher': 'pairing',
+    'TeacherQuery': 'pairing',
     'Teacher': 'pairing',
     'DistillationTask': 'task',
     'MixedTarget': 'data',

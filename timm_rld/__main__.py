@@ -79,6 +79,12 @@ def data_settings() -> list[str]:
     return [name for name in taken_by('open_splits', 'check_data') if name != 'dataset']
 
 
+def export_settings() -> list[str]:
+    """The settings that an export takes as flags: those of an evaluation, but for what concerns GPUs, and for
+    `--jpeg-draft`, which no program that uses the file will have."""
+    return [name for name in marked('evaluation') if name not in ('mixed_precision', 'channels_last', 'jpeg_draft')]
+
+
 def dataset_of(args: argparse.Namespace) -> dict[str, Any]:
     """The setting that DIR_OR_DATASET stands for."""
     kind, sep, rest = args.target.partition('/')
@@ -136,6 +142,15 @@ def predict(args: argparse.Namespace) -> None:
     predict_files(args.model, args.paths, top_k=args.top_k, format=args.format, output=args.output,
                   weights=args.weights, device=args.device, batch_size=args.batch_size,
                   workers=args.workers)  # fmt: skip
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a model as a file for another runtime."""
+    from .export import export_file
+
+    export_file(args.model, format=args.format, output=args.output, with_preprocessing=args.with_preprocessing,
+                precision=args.precision, weights=args.weights, given=given_settings(args, export_settings()),
+                check=not args.no_check, min_agreement=args.min_agreement)  # fmt: skip
 
 
 def report(args: argparse.Namespace) -> None:
@@ -254,9 +269,35 @@ def _add_predict(verbs: Any) -> None:
     _add_model_choices(verb)
 
 
-def _add_model_choices(verb: Any) -> None:
+def _add_export(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        'export', help='a model as a file for onnxruntime or torch alone, checked against it', allow_abbrev=False,
+        description='Beside FILE lie FILE.json (labels, preprocessing, figures of the check) and FILE.py, a program '
+        'that uses it. A file that fails its check is left as FILE.failed, and the exit code is 1.',
+    )  # fmt: skip
+    verb.add_argument('model', metavar='RUN_OR_MODEL', help=MODEL)
+    verb.add_argument('--format', choices=('onnx', 'pt2'), help="default: that of the output's name, or onnx")
+    verb.add_argument('--output', metavar='FILE', help='default: student.onnx in the run, or NAME.onnx')
+    verb.add_argument('--with-preprocessing', action='store_true',
+                      help='take uint8 pixels [B, H, W, C]; else normalised floats [B, C, H, W]')  # fmt: skip
+    verb.add_argument('--precision', choices=('fp32', 'int8'), default='fp32',
+                      help='int8: ONNX, calibrated on 512 training images (default: fp32)')  # fmt: skip
+    _add_weights(verb)
+    verb.add_argument('--no-check', action='store_true', help='do not hold the file against the model')
+    verb.add_argument('--min-agreement', type=float, metavar='X',
+                      help='share of images with the same top-1 that is enough (default: 0.999; int8 may lose a point '
+                      'of accuracy instead)')  # fmt: skip
+    verb.set_defaults(run=export)
+    add_settings(verb.add_argument_group('data to check with, as for train_distill.py'), export_settings())
+
+
+def _add_weights(verb: Any) -> None:
     which = 'of a run: last epoch, best on the validation split, moving average (default: last)'
     verb.add_argument('--weights', choices=('last', 'best', 'ema'), default='last', help=which)
+
+
+def _add_model_choices(verb: Any) -> None:
+    _add_weights(verb)
     verb.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
 
 
@@ -323,6 +364,7 @@ def parse(argv: list[str]) -> None:
     _add_tune(verbs)
     _add_evaluate(verbs)
     _add_predict(verbs)
+    _add_export(verbs)
     _add_report(verbs)
     _add_push(verbs)
     _add_cache(verbs)

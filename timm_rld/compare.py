@@ -88,7 +88,7 @@ def compare(
         common = train_teacher(launch, flags, output, log, '--seed', str(seeds[0]))
     rows, failed, versions = _run_all(jobs, [*launch, *common], config.teacher_cache, log)
     found = {
-        'teacher': config.teacher, 'student': config.student, 'epochs': resolve(config).epochs,
+        'teacher': config.teacher_name, 'student': config.student, 'epochs': resolve(config).epochs,
         'flags': shlex.join(flags), 'seeds': list(seeds), 'versions': versions, 'runs': rows, 'failed': failed,
         'criteria': summarize([r for r in rows if is_clean(r)], [v.label for v in variants if study.has_clean(v)]),
         **study.found(rows),

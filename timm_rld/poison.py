@@ -225,9 +225,13 @@ class Poison:
         shares = {'poisoned': chosen, 'right_poisoned': right & chosen, 'right_clean': right & ~chosen}
         return {name: found.float().mean() for name, found in shares.items()}
 
-    def facts(self) -> dict[str, Any]:
-        """Return what results.json says of it: `attack`, `strength`, `fraction` as given, and `images` poisoned."""
-        return {'attack': self.attack, 'strength': self.strength, 'fraction': self.fraction, 'images': self.count}
+
+def facts(poison: Poison | None) -> dict[str, Any] | None:
+    """Return what results.json says of a run's attacker: `attack`, `strength`, `fraction` as given, and `images`
+    poisoned; None where there is none."""
+    if poison is None:
+        return None
+    return {'attack': poison.attack, 'strength': poison.strength, 'fraction': poison.fraction, 'images': poison.count}
 
 
 def top1_apart(means: dict[str, float]) -> dict[str, float]:
@@ -244,7 +248,7 @@ def top1_apart(means: dict[str, float]) -> dict[str, float]:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """Return what :meth:`Poison.facts` holds in words: `pcfdla at strength 9 on 30 % of the training images (431)`."""
+    """Return what :func:`facts` returned in words: `pcfdla at strength 9 on 30 % of the training images (431)`."""
     strength = '' if facts['strength'] is None else f' at strength {facts["strength"]:g}'
     return f'{facts["attack"]}{strength} on {100 * facts["fraction"]:g} % of the training images ({facts["images"]:,})'
 
@@ -254,12 +258,15 @@ def describe(facts: dict[str, Any]) -> str:
 _UNFIT = {'none': 'distils nothing, so that there is nothing to poison', 'mekd': 'sees no training image'}
 
 
-def check_poison(attack: str, fraction: float | None, strength: float | None, distill: str) -> None:
+def check_poison(
+    attack: str, fraction: float | None, strength: float | None, distill: str, black_box: str | None = None
+) -> None:
     """Raise UsageError for settings that do not go together.
 
     Args:
         attack, fraction, strength: `--poison` (`none` for no attack), `--poison-fraction`, `--poison-strength`.
         distill: the criterion.
+        black_box: what a closed teacher answers with; `hard`: a class alone.
     """
     if attack == 'none':
         for flag, value in (('fraction', fraction), ('strength', strength)):
@@ -268,6 +275,8 @@ def check_poison(attack: str, fraction: float | None, strength: float | None, di
         return
     if distill in _UNFIT:
         raise UsageError(f'--poison {attack}: --distill {distill} {_UNFIT[distill]}; leave one of the two out')
+    if black_box == 'hard':
+        raise UsageError(f'--poison {attack}: --black-box hard answers with a class, which has no logits to change')
     if fraction is None:
         raise UsageError(f'--poison {attack}: needs --poison-fraction P, the part of the training images (0 < P <= 1)')
     try:

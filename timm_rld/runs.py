@@ -95,7 +95,7 @@ def check_flags(seeds: Sequence[int], flags: Sequence[str], verb: str) -> Config
     for name in marked('per_run'):
         if getattr(config, name) != FIELDS[name].default and flag_of(name) in {f.partition('=')[0] for f in flags}:
             raise UsageError(f'{flag_of(name)}: is chosen for each run; see --criteria, --seeds and --output of {verb}')
-    if config.student is None or config.teacher is None:
+    if config.student is None or config.teacher_name is None:
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
     for seed in seeds:
         parse_args(['--seed', str(seed)])

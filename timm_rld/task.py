@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .data import MixedTarget
 from .data.replay import ReplayDataset
 from .loss import CRITERIA, DistillLoss, create_distill_loss
-from .pairing import Normalize, Teacher, create_normalize
+from .pairing import ClosedTeacher, Normalize, Teacher, create_normalize, in_distilled_training, outputs_of_heads
 from .poison import Poison
 
 
@@ -23,8 +23,10 @@ class CachedLogits(Protocol):
     (:class:`timm_rld.cache.TeacherCache`, which says what each does)."""
 
     def logits(
-        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[[], Tensor] | None = None
+        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[..., Tensor] | None = None
     ) -> Tensor: ...
+
+    def missing(self, epoch: int, indices: Tensor) -> int: ...
 
     def flush(self) -> None: ...
 
@@ -62,11 +64,18 @@ class DistillationTask(TrainingTask):
     Floating inputs are taken as normalised for the student, as in timm's own loop, and are turned into the teacher's
     normalisation.
 
+    A student with a distillation head gives the outputs of two heads in training, once timm's
+    ``student.set_distilled_training(True)`` is called. The cross-entropy then goes to the main head, the criterion to
+    the other (as in timm's TokenDistillationTask; Touvron et al., ICML 2021), and each needs a weight above 0 to learn.
+    Without a criterion the cross-entropy trains their mean, which is also what the student gives in evaluation.
+
     Args:
         student: the model to train.
-        teacher: a :class:`Teacher`, or a model (which is wrapped in one). None where nothing is distilled.
+        teacher: a :class:`Teacher`, or a model (which is wrapped in one), or one that can only be asked
+            (:class:`timm_rld.QueryTeacher`). None where nothing is distilled.
         criterion: from :func:`create_distill_loss`, or its name. None for cross-entropy alone.
-        task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row.
+        task_loss_weight, distill_loss_weight, warmup_epochs: None for the published ones of the criterion's row
+            (cross-entropy that has the main head to itself: 1 where 0 is published).
         smoothing: label smoothing of the cross-entropy.
         class_weights: of the cross-entropy, `[C]`: the mean over a batch of weight[class] · CE. None: all 1.
         normalize: of the student; None for that of its `pretrained_cfg`.
@@ -81,7 +90,7 @@ class DistillationTask(TrainingTask):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | nn.Module | None,
+        teacher: Teacher | ClosedTeacher | nn.Module | None,
         criterion: DistillLoss | Callable[..., Tensor] | str | None = 'rld',
         *,
         task_loss_weight: float | None = None,
@@ -103,10 +112,11 @@ class DistillationTask(TrainingTask):
             raise ValueError('a distillation criterion needs a teacher')
         if criterion is None and poison is not None:
             raise ValueError('without a criterion there are no logits to poison')
-        if teacher is not None and not isinstance(teacher, Teacher):
+        if teacher is not None and not isinstance(teacher, (Teacher, ClosedTeacher)):
             teacher = Teacher(teacher)
         row = CRITERIA['none'] if criterion is None else CRITERIA.get(getattr(criterion, 'name', ''))
-        published = (row.task_weight, row.distill_weight, row.warmup_epochs) if row else (1.0, 1.0, 0)
+        defaults = row.defaults(distill_token=in_distilled_training(student)) if row else {}
+        published = tuple(defaults.values()) or (1.0, 1.0, 0)
         given = (task_loss_weight, distill_loss_weight, warmup_epochs)
         self.task_loss_weight, self.distill_loss_weight, self.warmup_epochs = (
             p if g is None else g for p, g in zip(published, given)
@@ -191,8 +201,9 @@ class DistillationTask(TrainingTask):
 
         teacher: Any = self.teacher  # None only beside a cache, which is not given compute() then
 
-        def compute() -> Tensor:
-            return teacher(self.normalize.inverse(input) if input.is_floating_point() else input)
+        def compute(chosen: Tensor | None = None) -> Tensor:
+            images = input if chosen is None else input[chosen.to(input.device)]
+            return teacher(self.normalize.inverse(images) if images.is_floating_point() else images)
 
         if self.cache is None and self.poison is None:
             return compute()
@@ -204,6 +215,15 @@ class DistillationTask(TrainingTask):
         else:
             logits = self.cache.logits(epoch, indices, target, compute if teacher is not None else None)
         return logits if self.poison is None else self.poison(logits, indices, epoch)
+
+    def _student_outputs(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's outputs `[B, C]` for the cross-entropy and for the criterion: those of its two heads, or twice
+        the same."""
+        output = self.trainable_module(input if input.is_floating_point() else self.normalize(input))
+        main, distilled = outputs_of_heads(output)
+        if self.criterion is None and distilled is not main:
+            main = distilled = (main + distilled) / 2
+        return main, distilled
 
     def forward(
         self,
@@ -224,10 +244,11 @@ class DistillationTask(TrainingTask):
         Returns:
             `loss` (for backward), `output` (student logits `[B, C]`), `task_loss` (cross-entropy), `kd_loss` (the
             criterion, before weight and ramp), the criterion's diagnostics, and with poison and indices
-            :meth:`Poison.figures` (of mixed images, those of the first one); all but `output` are 0-d.
+            :meth:`Poison.figures` (of mixed images, those of the first one); all but `output` are 0-d. Of two heads
+            `output` is the main one's, and `main_top1` and `distill_top1` are the percentages that each has right.
         """
-        output = self.trainable_module(input if input.is_floating_point() else self.normalize(input))
-        logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        output, distilled = self._student_outputs(input)
+        logits, distilled_logits = _in_float32(output), _in_float32(distilled)
         task_loss = _mixed(target, lambda index: self.task_criterion(logits, index))
         result = {'loss': self.task_loss_weight * task_loss, 'output': output, 'task_loss': task_loss.detach()}
         criterion = self.criterion
@@ -235,12 +256,14 @@ class DistillationTask(TrainingTask):
             return result
         if teacher_logits is None:
             teacher_logits = self.teacher_logits(input)
+        if distilled is not output:
+            result['main_top1'], result['distill_top1'] = _top1(output, target), _top1(distilled, target)
         if isinstance(target, MixedTarget) and not getattr(criterion, 'needs_target', True):
             target = target.a
         figures: list[dict[str, Tensor]] = []
 
         def distill(index: Tensor) -> Tensor:
-            loss = criterion(logits, teacher_logits, index)
+            loss = criterion(distilled_logits, teacher_logits, index)
             figures.append(getattr(criterion, 'diagnostics', {}))
             return loss
 
@@ -254,6 +277,17 @@ class DistillationTask(TrainingTask):
             first = target.a if isinstance(target, MixedTarget) else target
             result.update(self.poison.figures(logits, first, indices))
         return result
+
+
+def _in_float32(logits: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _top1(logits: Tensor, target: Tensor | MixedTarget) -> Tensor:
+    """Percentage of a batch in which the highest logit is that of the class, 0-d."""
+    predicted = logits.detach().argmax(1)
+    return _mixed(target, lambda index: 100 * (predicted == index).float().mean())
 
 
 def _mixed(target: Tensor | MixedTarget, loss: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,8 +1,9 @@
-"""What the benchmarks share: interleaved timing, peak memory, tables."""
+"""What the benchmarks share: interleaved timing, peak memory, idle time of the device, tables."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -68,6 +70,57 @@ def peak_memory(step: Callable[[], None], device: str) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+class Profiled:
+    """A context whose work on a device is recorded by torch.profiler.
+
+    Args:
+        device: torch's name of it. On a CPU its work is the operators, so that the rest is Python's.
+
+    Attributes:
+        idle: after it, the share of the time from the first piece of work to the last in which none was done; NaN where
+            there was none.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu, self.idle = device.startswith('cuda'), math.nan
+        os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # else the profiler writes lines about itself
+        activity = torch.profiler.ProfilerActivity.CUDA if self.on_gpu else torch.profiler.ProfilerActivity.CPU
+        self.profile = torch.profiler.profile(activities=[activity])
+
+    def __enter__(self) -> Profiled:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.profile.__exit__(*error)
+        kind = torch.autograd.DeviceType.CUDA if self.on_gpu else torch.autograd.DeviceType.CPU
+        profiler: Any = self.profile.profiler
+        # annotations (as of an optimizer's step) span what is within them, and what is not
+        events = [
+            e for e in profiler.kineto_results.events()
+            if e.device_type() == kind and not (hasattr(e, 'is_user_annotation') and e.is_user_annotation())
+        ]  # fmt: skip
+        self.idle = idle_share([(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events])
+
+
+def idle_share(intervals: Sequence[tuple[float, float]]) -> float:
+    """Return the share of the time from the first start to the last end in which nothing ran; NaN without any.
+
+    Args:
+        intervals: start and end of each piece of work; they may overlap.
+    """
+    busy, reached, first = 0.0, -math.inf, math.nan
+    for start, end in sorted(interval for interval in intervals if interval[1] > interval[0]):
+        first = start if math.isnan(first) else first
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - first) if busy else math.nan
 
 
 def run_script(module: ModuleType, argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import io
+import math
 import statistics
 import tempfile
 import time
@@ -31,7 +32,7 @@ from ..errors import UsageError
 from ..loss import choose_criterion
 from ..pairing import Pair, Teacher, create_student, look_up
 from ..task import DistillationTask
-from .measure import markdown
+from .measure import Profiled, markdown
 from .photographs import write_photographs
 
 LOADER_SECONDS = 8.0
@@ -53,12 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--steps', type=int, default=5, help='of each in a round (default: 5)')
     parser.add_argument('--data-dir', metavar='DIR', help='for the loader (default: photographs made for it)')
     parser.add_argument('--workers', default='auto', metavar='N', help='of the loader (default: auto)')
+    parser.add_argument('--cpu-threads', type=int, metavar='N', help='default: as in a run')
     parser.add_argument('--no-loader', action='store_true', help='leave the loader out')
 
 
 def run(args: argparse.Namespace) -> str:
     """Return tables as Markdown, with a line of ratios and advice under each."""
     least = {'img_size': 1, 'batch_size': 2, 'rounds': 1, 'steps': 1, 'num_classes': 2 if args.num_classes else None}
+    least['cpu_threads'] = 1 if args.cpu_threads is not None else None
     for name, lowest in least.items():
         values = getattr(args, name)
         if lowest and min(values if isinstance(values, list) else [values]) < lowest:
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> str:
             args.teacher, args.student, num_classes=classes, rounds=args.rounds, steps=args.steps,
             loader=not args.no_loader and not texts, data_dir=args.data_dir,
             workers=workers, **{name: getattr(args, name) for name in (
-                'img_size', 'batch_size', 'distill', 'mixed_precision', 'torchcompile', 'channels_last',
+                'img_size', 'batch_size', 'distill', 'mixed_precision', 'torchcompile', 'channels_last', 'cpu_threads',
             )},
         )  # fmt: skip
         texts.append(describe(found))
@@ -92,6 +95,7 @@ class Found:
         split: shares of the online loop's time, by part.
         batch_size: images.
         folded: batch norms of the teacher.
+        idle: share of the online loop's time in which the device did nothing, where no step waits for it.
     """
 
     title: str
@@ -101,6 +105,7 @@ class Found:
     split: dict[str, float]
     batch_size: int
     folded: int
+    idle: float = math.nan
 
 
 def bench_step(
@@ -119,6 +124,8 @@ def bench_step(
     workers: int | Literal['auto'] | None = 'auto',
     data_dir: str | None = None,
     loader: bool = True,
+    idle: bool | None = None,
+    cpu_threads: int | None = None,
 ) -> Found:
     """Time the parts of a training step, and the loop of a real run (:func:`timm_rld.engine.fit`) on batches in memory,
     with the teacher and with a cache of its logits.
@@ -129,6 +136,8 @@ def bench_step(
     Args:
         rounds, steps: the loop's epochs, and batches in each; before them, one epoch that does not count.
         loader: measure the loader too: on ``data_dir``, or on photographs made for it.
+        idle: measure the device's idle time too, in one more loop; None: on a GPU alone.
+        cpu_threads: on a CPU; None: as in a run.
 
     Returns:
         What was measured.
@@ -139,7 +148,7 @@ def bench_step(
             num_classes=num_classes, batch_size=batch_size, epochs=rounds + 1, teacher_epochs=0, lr=1e-3,
             sched='constant', warmup_epochs=0, task_loss_weight=1.0, distill_loss_weight=1.0, distill_warmup_epochs=0,
             mixed_precision=mixed_precision, torchcompile=torchcompile, channels_last=channels_last, workers=workers,
-            log_interval=10**9, teacher_cache=None,
+            log_interval=10**9, teacher_cache=None, cpu_threads=cpu_threads,
         )
     )  # fmt: skip
     accelerator = create_accelerator(**config.arguments_of('create_accelerator'))
@@ -150,11 +159,13 @@ def bench_step(
     pair.teacher = Teacher(network.student, network.normalize, name=teacher)
     optimize_for_inference(pair, accelerator, config)
     criterion = choose_criterion(distill, False, {})[1]
-
-    batches = _batches(steps, batch_size, pair.data_config['input_size'], num_classes)
+    on_gpu = accelerator.device.type == 'cuda'
+    batches = _batches(steps, batch_size, pair.data_config['input_size'], num_classes, pinned=on_gpu)
     alone = _Alone(pair, copy.deepcopy(criterion), batches, accelerator, config)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         loops, histories = _run_loops(pair, criterion, batches, alone, accelerator, config, Path(folder))
+        watched = on_gpu if idle is None else idle
+        idle_time = _run_watched(pair, criterion, batches, accelerator, config, Path(folder)) if watched else math.nan
     seconds = {
         f'student alone, with {distill} on logits in memory (S)': statistics.median(alone.times['student']),
         f'{distill} alone': statistics.median(alone.times['criterion']),
@@ -168,15 +179,22 @@ def bench_step(
     # its data come from memory
     spent = {p: sum(row[f'seconds_{p}'] for row in histories['online']) for p in PARTS if p != 'data'}
     return Found(
-        title=f'{teacher} → {student}, {img_size}×{img_size}, batch {batch_size}, {num_classes} classes, '
-        f'{accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32"}'
-        f'{", compiled" if torchcompile else ""}, {accelerator.device.type}',
+        title=_title(config, accelerator.device),
         seconds=seconds,
         online=_ratio(loops['online'], {part: alone.times[part][:count] for part in ('student', 'teacher')}, steps),
         cached=_ratio(loops['cached'], {'student': alone.times['student'][count:]}, steps),
         split={k: v / sum(spent.values()) for k, v in spent.items()},
         batch_size=batch_size,
         folded=pair.teacher.folded,
+        idle=idle_time,
+    )
+
+
+def _title(config: Config, device: torch.device) -> str:
+    precision = 'float32' if config.mixed_precision == 'no' else config.mixed_precision
+    return (
+        f'{config.teacher} → {config.student}, {config.img_size}×{config.img_size}, batch {config.batch_size}, '
+        f'{config.num_classes} classes, {precision}{", compiled" if config.torchcompile else ""}, {device.type}'
     )
 
 
@@ -204,10 +222,29 @@ def _run_loops(
             normalize=pair.normalize, task_loss_weight=1.0, distill_loss_weight=1.0, warmup_epochs=0,
         )  # fmt: skip
         loops[name] = _InMemory(batches, size, alone.all if name == 'online' else alone.student, accelerator)
-        validation: Any = _InMemory(batches[:1], size)
-        validation.source = source
+        validation = _validation(batches, classes)
         histories[name] = fit(task, loops[name], validation, accelerator, c, log_file=folder / 'log.csv')[1:]
     return loops, histories
+
+
+def _run_watched(
+    pair: Pair, criterion: Any, batches: list[Batch], accelerator: Accelerator, config: Config, folder: Path
+) -> float:
+    """Run the loop online, as a training does: no step is waited for. Returns the device's idle share."""
+    task = DistillationTask(
+        copy.deepcopy(pair.student), pair.teacher, copy.deepcopy(criterion), normalize=pair.normalize,
+        task_loss_weight=1.0, distill_loss_weight=1.0, warmup_epochs=0,
+    )  # fmt: skip
+    loop: Any = _Watched(batches, len(batches[0][1]), accelerator.device)
+    c = dataclasses.replace(config, epochs=2)
+    fit(task, loop, _validation(batches, pair.num_classes), accelerator, c, log_file=folder / 'log.csv')
+    return loop.profiled.idle
+
+
+def _validation(batches: list[Batch], classes: int) -> Any:
+    loop: Any = _InMemory(batches[:1], len(batches[0][1]))
+    loop.source = Source(range(len(batches) * loop.batch_size), 'train', classes, None, False, 'RGB')
+    return loop
 
 
 def describe(found: Found) -> str:
@@ -227,6 +264,10 @@ def describe(found: Found) -> str:
         + 'cached / S {:.3f} ({:.3f} to {:.3f})'.format(*found.cached),
         f'where the online step goes: {shares}',
     ]
+    if not math.isnan(found.idle):
+        lines.append(
+            f'idle share of the device in the online loop, where no step waits for it: {100 * found.idle:.1f}%'
+        )
     loader = found.seconds.get('loader alone, a batch')
     if loader and loader > cached:
         lines.append(f'the loader is the limit of a {"" if loader > online else "cached "}run: more --workers, '
@@ -237,9 +278,14 @@ def describe(found: Found) -> str:
     return '\n'.join(lines)
 
 
-def _batches(count: int, batch_size: int, size: tuple[int, ...], classes: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _batches(count: int, batch_size: int, size: tuple[int, ...], classes: int, *, pinned: bool = False) -> list[Batch]:
+    """Batches as a loader gives them.
+
+    Args:
+        pinned: for a GPU, as the loader's are.
+    """
     generator = torch.Generator().manual_seed(0)
-    return [
+    batches = [
         (
             torch.randint(256, (batch_size, *size), generator=generator, dtype=torch.uint8),
             torch.randint(classes, (batch_size,), generator=generator),
@@ -247,6 +293,9 @@ def _batches(count: int, batch_size: int, size: tuple[int, ...], classes: int) -
         )
         for i in range(count)
     ]
+    if not pinned:
+        return batches
+    return [(pixels.pin_memory(), target.pin_memory(), indices.pin_memory()) for pixels, target, indices in batches]
 
 
 class _Alone:
@@ -365,6 +414,24 @@ class _InMemory:
     def step_seconds(self) -> float:
         """Return the median of the steps that count."""
         return statistics.median(self.times)
+
+
+class _Watched(_InMemory):
+    """Batches in memory for two epochs. Nothing waits for the device; what it does in the second one is recorded.
+
+    Attributes:
+        profiled: the second epoch.
+    """
+
+    AT_LEAST = 12  # batches: of a few the start would be too large a part
+
+    def __init__(self, batches: list[Batch], batch_size: int, device: torch.device) -> None:
+        super().__init__(batches * -(-self.AT_LEAST // len(batches)), batch_size)
+        self.profiled = Profiled(device.type)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        with self.profiled if self.epoch > 1 else contextlib.nullcontext():
+            yield from self.batches
 
 
 def _ratio(loop: _InMemory, alone: dict[str, list[float]], steps: int) -> tuple[float, float, float]:

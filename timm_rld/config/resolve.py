@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UsageError
 from ..files import cores
 from .learning_rate import LARGEST_BATCH, SGD, family_of, scaled_rate
-from .settings import FIELDS, Config, flag_of
+from .settings import FIELDS, Config, flag_of, taken_by
 
 
 def auto_workers() -> int:
@@ -74,6 +74,8 @@ def _fill_in(
     given: Config, num_processes: int, images: int | None, published: Callable[..., dict[str, Any]] | None
 ) -> Config:
     c = given.changed()
+    if c.teacher_query is not None or c.teacher_answers is not None:
+        _default(c, black_box='soft', teacher_epochs=0)
     if uses_sample(c):
         _resolve_sample(c)
     accum_env = os.environ.get('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '1')
@@ -119,7 +121,8 @@ def real_batch(config: Config, num_processes: int, images: int | None) -> int:
 
 
 def describe_derived(config: Config) -> list[str]:
-    """Return a line for each derived value that decides how a run goes: learning rate, ramp of the distillation."""
+    """Return a line for each derived value that decides how a run goes: learning rate, ramp of the distillation; and
+    for a switch without effect."""
     origin, lines = config.origin, []
     if 'lr' in origin.derived:
         batch = real_batch(config, origin.processes or 1, origin.images)
@@ -129,6 +132,8 @@ def describe_derived(config: Config) -> list[str]:
         lines.append(
             f'distillation ramps up over {ramp} of {config.epochs} epoch(s) (--distill-warmup-epochs changes it)'
         )
+    if config.distill_token and config.distill == 'none':
+        lines.append('--distill-token: without a criterion (--distill none) the labels train the mean of both heads')
     return lines
 
 
@@ -148,7 +153,7 @@ def _resolve_sample(c: Config) -> None:
         del defaults['val_split']
     if family_of(c.opt) is not SGD:
         del defaults['lr_base']
-    own_weights = c.teacher_checkpoint is not None or ':' in (c.teacher or '')
+    own_weights = c.teacher_checkpoint is not None or ':' in (c.teacher or '')  # else it is trained
     _default(c, teacher_pretrained=own_weights, teacher_epochs=0 if own_weights else None)
     _default(c, **defaults)
     _default(c, warmup_epochs=1 if min(filter(None, (c.epochs, c.teacher_epochs)), default=0) > 1 else 0)
@@ -158,6 +163,7 @@ def _check(c: Config) -> None:
     """Raise UsageError for resolved settings that contradict each other."""
     if c.resume is not None and c.experiment is None:
         raise UsageError(f'--resume {c.resume}: which run? Give its --experiment (and --output), or --resume FOLDER')
+    _check_closed(c)
     if c.hub_weights == 'ema' and not c.model_ema:
         raise UsageError('--hub-weights ema: needs --model-ema')
     if c.train_on_holdout and c.tune_holdout is None:
@@ -178,6 +184,12 @@ def _check(c: Config) -> None:
             f'--class-weights {c.class_weights}: weighs the cross-entropy, whose own weight is 0 '
             f'(--task-loss-weight; the default of some criteria, here --distill {c.distill})'
         )
+    for name, head in (('task_loss_weight', 'main'), ('distill_loss_weight', 'distillation')):
+        if c.distill_token and c.distill != 'none' and getattr(c, name) == 0:
+            raise UsageError(
+                f'{flag_of(name)} 0 with --distill-token: the {head} head would learn nothing, and the result is the '
+                'mean of both heads; give a weight above 0'
+            )
     if not c.epochs and not c.teacher_epochs:
         raise UsageError('--epochs 0: trains the teacher alone, so --teacher-epochs N is needed')
     for name in ('cutmix_minmax', 'scale', 'ratio'):
@@ -198,6 +210,42 @@ def _check(c: Config) -> None:
             )
 
 
+def _check_closed(c: Config) -> None:
+    """Refuse what a closed teacher cannot be combined with, and settings of one where there is none."""
+    closed = {flag_of(n): getattr(c, n) for n in ('teacher', 'teacher_query', 'teacher_answers') if getattr(c, n)}
+    if len(closed) > 1:
+        (one, name), (other, value) = list(closed.items())[:2]
+        raise UsageError(f'{one} {name} with {other} {value}: there is one teacher; leave one of the two out')
+    of_function = ('query_retries', 'query_timeout', 'query_workers')
+    for names, needed, there in (
+        (of_function, '--teacher-query', c.teacher_query),
+        (('max_queries',), '--black-box or --teacher-query', c.black_box if c.teacher_answers is None else None),
+        (('black_box',), '--teacher or --teacher-query', c.teacher_name),
+    ):
+        for name in names:
+            if there is None and getattr(c, name) != FIELDS[name].default:
+                raise UsageError(f'{flag_of(name)} {getattr(c, name)}: needs {needed}')
+    if c.black_box == 'hard' and c.teacher_class_map is not None:
+        raise UsageError(
+            f'--teacher-class-map {c.teacher_class_map} with --black-box hard: the class that the teacher names may '
+            'have no counterpart here; --black-box soft can be mapped'
+        )
+    if c.teacher is not None or c.black_box is None:
+        return
+    flag, name = next(iter(closed.items()))
+    if c.teacher_epochs:
+        raise UsageError(f'--teacher-epochs {c.teacher_epochs}: {flag} {name} cannot be trained; leave it out')
+    for setting in set(taken_by('create_teacher')) - {'teacher', 'in_chans', 'teacher_pretrained'}:
+        if getattr(c, setting) is not None:
+            raise UsageError(f'{flag_of(setting)} {getattr(c, setting)}: {flag} {name} shows no network to set it of')
+    for setting in ('mixup', 'cutmix', 'cutmix_minmax') if c.teacher_answers is not None else ():
+        if getattr(c, setting):
+            raise UsageError(
+                f'{flag_of(setting)} with {flag} {name}: the teacher has answered for the images, and not for mixed '
+                'ones; leave one of the two out'
+            )
+
+
 def _resolve_cache(c: Config) -> None:
     """Fill in the number of augmentation epochs, and refuse what a teacher cache cannot be combined with."""
     if c.teacher_cache is None:
@@ -212,7 +260,9 @@ def _resolve_cache(c: Config) -> None:
             '--on-bad-image skip with --teacher-cache: the image that replaces a broken one is not the one that the '
             'cached logit belongs to; leave one of the two out, or leave the images out with --skip-list FILE'
         )
-    if c.teacher is None:
+    if c.teacher_answers is not None:
+        raise UsageError(f'--teacher-cache {c.teacher_cache}: the answers of --teacher-answers are on the disk already')
+    if c.teacher_name is None:
         raise UsageError(f'--teacher-cache {c.teacher_cache}: there is no --teacher')
     for name in ('mixup', 'cutmix', 'cutmix_minmax'):
         if getattr(c, name):

@@ -131,6 +131,28 @@ class Config:
         used_by='create_teacher:mean')  # fmt: skip
     teacher_std: Floats | None = setting(None, MODELS, "normalisation of the teacher (default: its own config's)", gt=0,
         used_by='create_teacher:std')  # fmt: skip
+    black_box: str | None = setting(None, MODELS,
+        "a closed teacher, which answers with probabilities ('soft') or a class ('hard') and shows nothing else",
+        choices=('soft', 'hard'), used_by='QueryTeacher:answers AnswersFile:answers check_poison',
+        logits=lambda c: c.black_box is not None)  # fmt: skip
+    teacher_query: str | None = setting(None, MODELS,
+        'a closed teacher in place of --teacher: MODULE:FUNCTION takes images (uint8 NumPy [B, H, W, C]) and returns '
+        'probabilities [B, C] or classes [B]', used_by='load_query:path',
+        logits=lambda c: c.teacher_query is not None)  # fmt: skip
+    teacher_answers: str | None = setting(None, MODELS,
+        'a closed teacher in place of --teacher: a .parquet or .csv file with its answer for each image', path=True,
+        used_by='AnswersFile:path gather_facts:answers')  # fmt: skip
+    max_queries: int | None = setting(None, MODELS,
+        'images that a closed teacher may be asked about in the whole run, validation included; before a batch that '
+        'would take more, the run ends with a checkpoint', gt=0, used_by='QueryTeacher:limit',
+        resumable=True)  # fmt: skip
+    query_retries: int = setting(3, MODELS, 'how often a call of --teacher-query that fails is repeated', ge=0,
+        used_by='QueryTeacher:retries', resumable=True)  # fmt: skip
+    query_timeout: float = setting(60.0, MODELS, 'seconds that a call of --teacher-query may take; 0: any time', ge=0,
+        used_by='QueryTeacher:timeout', resumable=True)  # fmt: skip
+    query_workers: int = setting(1, MODELS,
+        'batches that --teacher-query is asked about while the steps before them train; 0: none, each step waits',
+        ge=0, used_by='asking:workers', resumable=True)  # fmt: skip
     student_pretrained: bool = setting(False, MODELS,
         'start the student from its published weights, with a fresh head where the classes differ',
         used_by='create_student:pretrained')  # fmt: skip
@@ -147,6 +169,10 @@ class Config:
     standardize: bool = setting(False, DISTILL,
         'standardise both logits first (z-score of each row); defaults: temperature 2, 9 times the weight',
         used_by='published_defaults')  # fmt: skip
+    distill_token: bool = setting(False, DISTILL,
+        'of a student with a distillation head (deit_*_distilled_*, levit_*, …) train that head by the criterion, the '
+        'main one by cross-entropy; evaluation takes their mean',
+        used_by='create_student published_defaults')  # fmt: skip
     task_loss_weight: float | None = setting(None, DISTILL, "weight of the cross-entropy (default: the criterion's)",
         ge=0, used_by='DistillationTask', belongs_to='distill')  # fmt: skip
     distill_loss_weight: float | None = setting(None, DISTILL,
@@ -345,7 +371,8 @@ class Config:
     channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)',
         evaluation=True)  # fmt: skip
     sync_bn: bool = setting(False, RUN, 'batch norm over all processes (GPUs)', flag=True, used_by='create_accelerator')
-    torchcompile: bool = setting(False, RUN, 'compile student, teacher and criterion', flag=True, logits=True)
+    torchcompile: bool = setting(False, RUN, 'compile student, teacher and criterion', flag=True,
+        logits=lambda c: c.teacher_query is None)  # fmt: skip
     cpu_threads: int | None = setting(None, RUN, 'threads of a process on the CPU (default: cores / local processes)',
         gt=0, used_by='create_accelerator', evaluation=True)  # fmt: skip
 
@@ -409,6 +436,11 @@ class Config:
     @origin.setter
     def origin(self, origin: Origin) -> None:
         self.__dict__['_origin'] = origin
+
+    @property
+    def teacher_name(self) -> str | None:
+        """What is distilled from: a network, a function or a file of answers; None where there is nothing."""
+        return self.teacher or self.teacher_query or (self.teacher_answers and os.path.basename(self.teacher_answers))
 
     def give(self, **values: Any) -> None:
         """Set values that are not to be derived any more."""

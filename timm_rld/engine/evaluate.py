@@ -21,13 +21,14 @@ class Interrupted(Exception):
 
 @torch.inference_mode()
 def evaluate(
-    predict: Callable[[Tensor], Tensor],
+    predict: Callable[..., Tensor],
     loader: Loader,
     accelerator: Accelerator,
     reference: Tensor | None = None,
     title: str = 'teacher',
     interrupted: Callable[[], bool] = lambda: False,
     on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    with_indices: bool = False,
 ) -> tuple[dict[str, float], Tensor]:
     """Loss and accuracy over a validation split, each image counted once, whatever the number of processes.
 
@@ -35,10 +36,12 @@ def evaluate(
         predict: pixels `[B, C, H, W]` → logits `[B, C]`. Not a DDP module: its collectives would hang where processes
             have different numbers of batches.
         loader: of the split.
-        reference: predictions `[n, 2]` of the teacher, from an earlier call with this loader.
+        reference: predictions `[n, 2]` of the teacher, from an earlier call with this loader; or `[n, 1]`, where it
+            names a class alone.
         title: for messages.
         interrupted: called after each batch; once it returns true on one process, the evaluation ends on all.
         on_batch: called with the indices, classes and logits of each batch.
+        with_indices: ``predict`` takes the indices of the images `[B]` too.
 
     Returns:
         `loss` (cross-entropy), `top1`, `top5`, `macro` (percent; the mean of the classes' top-1, over those that have
@@ -56,7 +59,7 @@ def evaluate(
     for pixels, target, indices in loader:
         pixels, target = pixels.to(device, non_blocking=True), target.to(device, non_blocking=True)
         with accelerator.autocast():
-            logits = predict(pixels)
+            logits = predict(pixels, indices) if with_indices else predict(pixels)
         evaluator.update(logits, target)
         predictions.append(two_highest(logits))
         targets.append(target)
@@ -87,7 +90,7 @@ def evaluate(
         same = (first[:, None] == reference).sum(dim=0)
         counts = torch.cat([same, torch.tensor([len(predicted)], device=device)])
         *same, total = accelerator.reduce(counts, 'sum').tolist()
-        metrics['agreement'], metrics['second_class'] = (100 * n / max(total, 1) for n in same)
+        metrics |= {name: 100 * n / max(total, 1) for name, n in zip(('agreement', 'second_class'), same)}
     return metrics, predicted
 
 

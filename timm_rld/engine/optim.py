@@ -10,8 +10,10 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from ..cache import answers_kind
 from ..config import Config, warmup_epochs
 from ..errors import UsageError, UserError, did_you_mean
+from ..pairing import load_query
 from ..poison import check_poison
 
 _FUSED = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')  # those of torch that have it on CPUs and GPUs
@@ -40,10 +42,18 @@ def create_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer
 
 
 def check_settings(config: Config) -> None:
-    """Raise an error, before anything is built, where a network is not named, or for an attack, optimizer or schedule
-    that cannot be had with these settings."""
-    if config.student is None or (config.teacher is None and config.distill != 'none'):
+    """Raise an error, before anything is built, where a network is not named, the function or file of a closed teacher
+    is not there, or for an attack, optimizer or schedule that cannot be had with these settings. Fills in what a file
+    of answers holds (`--black-box`)."""
+    if config.student is None or (config.teacher_name is None and config.distill != 'none'):
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
+    if config.teacher_query is not None:
+        load_query(config.teacher_query)
+    if config.teacher_answers is not None and (kind := answers_kind(config.teacher_answers)) != config.black_box:
+        if 'black_box' in config.origin.derived:
+            config.give(black_box=kind)
+        elif kind == 'hard':
+            raise UsageError(f'--teacher-answers {config.teacher_answers}: holds classes; --black-box hard takes them')
     check_poison(**config.arguments_of('check_poison'))
     known = [str(name) for name in list_optimizers()]
     if config.opt.lower() not in known:

@@ -73,6 +73,8 @@ class TrainState:
         if config.torchcompile:
             task.compile()
         task.eval_model = task.trainable_module  # what evaluate() may call: not yet in DDP
+        if accelerator.scaler is not None:  # else the student began with the scale at which its teacher ended
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
         task.trainable_module, self.optimizer = accelerator.prepare(task.trainable_module, optimizer)
         self.epoch, self.batch, self.updates = 1, 0, 0
         self.history: list[dict[str, float]] = []

@@ -15,7 +15,7 @@ import yaml
 from ..config import flag_of, marked
 from ..errors import UserError
 from ..poison import describe
-from ..run_folder import RunFiles
+from ..run_folder import RunFiles, read_exports
 
 BEGIN = '<!-- timm_rld begins: what stands between these two lines is rewritten by each push -->'
 END = '<!-- timm_rld ends -->'
@@ -214,8 +214,9 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     }[weights]
     distilled, dataset = results['distill'] != 'none', _literal(_dataset(settings))
     lines = [BEGIN, '', f'# {repo_id.partition("/")[2] or repo_id}', '']
+    taught_by = settings.get('teacher') or results.get('teacher') or ''
     if distilled:
-        learned = f'that learned from {_code(settings["teacher"])} by `{results["distill"]}` distillation'
+        learned = f'that learned from {_code(taught_by)} by `{results["distill"]}` distillation'
     else:
         learned = 'trained without distillation'
     lines += [f'`{config["architecture"]}` {learned} on {dataset}, with timm_rld.', '']
@@ -245,12 +246,15 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     lines += ['## Figures', '', f'On {part}the split {split} of {dataset}, each image counted once.', '',
               '| | |', '| --- | --- |', *(f'| {a} | {b} |' for a, b in rows), '',
               f'The weights here are {which}.', '', *size_and_speed(results)]  # fmt: skip
+    lines += exports_table(run)
     if has_curve:
         lines += ['![Loss and accuracy over the epochs](curve.png)', '']
     lines += ['## How it was made', '']
     if distilled:
         options = ', '.join(f'{k} {v}' for k, v in results['distill_options'].items()) or 'none'
-        teacher = f'- Teacher: {_code(settings["teacher"])}'
+        teacher = f'- Teacher: {_code(taught_by)}'
+        if answers := settings.get('black_box'):
+            teacher += f', of which nothing was used but its {"probabilities" if answers == "soft" else "classes"}'
         if results.get('teacher_sha256'):
             teacher += f', SHA-256 of its weights `{results["teacher_sha256"][:16]}…`'
         if settings.get('teacher_epochs'):
@@ -260,6 +264,11 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
             f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
             f'cross-entropy {settings["task_loss_weight"]:g}. {results.get("paper") or ""}'.rstrip(' '),
         ]
+        if settings.get('distill_token'):
+            lines.append(
+                '- Two heads: the criterion trained the distillation head, cross-entropy the main one; the model gives '
+                'their mean'
+            )
     size, command = images['input_size'], public_command(results['command'])
     lines += [
         f'- {results["epochs"]} epochs, seed {results["seed"]}, images of {size[1]}×{size[2]}; '
@@ -301,6 +310,25 @@ def size_and_speed(results: dict[str, Any]) -> list[str]:
         *(f'| {name} | {" | ".join(cells)} |' for name, cells in rows.items()), '',
         f'Calibration: on 15 bins of the confidence; the temperature is the one with the lowest loss.{device}', '',
     ]  # fmt: skip
+
+
+def exports_table(run: RunFiles) -> list[str]:
+    """Return a section on the exports that lie in a run folder; nothing where there are none."""
+    exports = read_exports(run.folder)
+    if not exports:
+        return []
+    head = '| file | weights | precision | MB | top-1 | same class as torch | largest difference of logits |'
+    lines = ['## Exports', '', head, '| --- ' * 7 + '|']
+    for e in exports:
+        check = e.about['check']
+        cells = ['not checked', '', '']
+        if check:
+            cells = [f'{check["top1"]["file"]:.2f} %', f'{100 * check["same_top1"]:.2f} %',
+                     f'{check["largest_difference"]:.2g}']  # fmt: skip
+        about = [_code(e.file.name), e.about['weights'], e.about['precision'], f'{e.about["bytes"] / 1e6:.1f}']
+        lines.append(f'| {" | ".join([*about, *cells])} |')
+    program = _code(f'python {exports[0].file.name}.py IMAGE')
+    return [*lines, '', f'Preprocessing and labels are in the files, and beside each as JSON; {program} uses one.', '']
 
 
 def usage(architecture: str, repo_id: str, in_chans: int = 3) -> list[str]:

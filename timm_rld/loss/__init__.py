@@ -4,6 +4,7 @@ from ._base import DistillLoss
 from .abkd import ABKD, abkd_loss
 from .atkd import ATKD, atkd_loss
 from .bild import BiLD, bild_loss
+from .ce_teacher import CETeacher, ce_teacher_loss
 from .ctkd import CTKD
 from .dist import DIST, inter_class_loss, intra_class_loss
 from .dkd import DKD, non_target_class_loss, target_class_loss
@@ -32,11 +33,11 @@ from .ttm import TTM, ttm_loss
 from .wttm import WTTM, wttm_loss
 
 __all__ = [
-    'ABKD', 'abkd_loss', 'ATKD', 'atkd_loss', 'BiLD', 'bild_loss', 'choose_criterion', 'correction_loss',
-    'create_distill_loss', 'CRITERIA', 'CriterionInfo', 'CTKD', 'describe_criteria', 'DIST', 'DistillLoss', 'DKD',
-    'GDKD', 'get_criterion', 'group_losses', 'inter_class_loss', 'intra_class_loss', 'KD', 'kd_loss', 'Knob', 'LA',
-    'la_loss', 'LDRLD', 'local_relations_loss', 'LR', 'lr_loss', 'masked_correlation_loss', 'MLKD', 'mlkd_loss',
-    'NKD', 'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD', 'pld_loss',
-    'published_defaults', 'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss', 'TTM',
-    'ttm_loss', 'WTTM', 'wttm_loss',
+    'ABKD', 'abkd_loss', 'ATKD', 'atkd_loss', 'BiLD', 'bild_loss', 'ce_teacher_loss', 'CETeacher', 'choose_criterion',
+    'correction_loss', 'create_distill_loss', 'CRITERIA', 'CriterionInfo', 'CTKD', 'describe_criteria', 'DIST',
+    'DistillLoss', 'DKD', 'GDKD', 'get_criterion', 'group_losses', 'inter_class_loss', 'intra_class_loss', 'KD',
+    'kd_loss', 'Knob', 'LA', 'la_loss', 'LDRLD', 'local_relations_loss', 'LR', 'lr_loss', 'masked_correlation_loss',
+    'MLKD', 'mlkd_loss', 'NKD', 'non_target_class_loss', 'NormKD', 'normkd_loss', 'other_classes_loss', 'PLD',
+    'pld_loss', 'published_defaults', 'RC', 'RLD', 'sample_confidence_loss', 'soft_target_loss', 'target_class_loss',
+    'TTM', 'ttm_loss', 'WTTM', 'wttm_loss',
 ]  # fmt: skip

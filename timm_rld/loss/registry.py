@@ -16,6 +16,7 @@ from ._base import DistillLoss
 from .abkd import ABKD
 from .atkd import ATKD
 from .bild import BiLD
+from .ce_teacher import CETeacher
 from .ctkd import CTKD
 from .dist import DIST
 from .dkd import DKD
@@ -68,6 +69,8 @@ class CriterionInfo:
         epochs: of the published run, of which the ramp is a share.
         imagenet: flags that turn these values, which are those of CIFAR-100, into the published ones of ImageNet.
         not_standardized: why logit standardisation makes no sense with it; empty where it does.
+        answers: what it can be computed from: the teacher's `logits`; log-probabilities, which are the logits up to a
+            constant of each row (`soft`); one-hot rows of the teacher's class (`hard`).
         knobs: what `timm-rld tune` searches.
     """
 
@@ -84,6 +87,7 @@ class CriterionInfo:
     epochs: int = 240
     imagenet: str = ''
     not_standardized: str = ''
+    answers: tuple[str, ...] = ('logits', 'soft')
     knobs: tuple[Knob, ...] = ()
 
     @property
@@ -91,12 +95,17 @@ class CriterionInfo:
         """Paper and year; empty where there is none."""
         return f'{self.paper}, {self.year}' if self.paper else ''
 
-    def defaults(self, epochs: int | None = None) -> dict[str, Any]:
-        """Return the published defaults of the settings of a run, by name; for a run of so many epochs the same share
-        of it as a ramp, at least one epoch and no more than published."""
+    def defaults(self, epochs: int | None = None, distill_token: bool = False) -> dict[str, Any]:
+        """Return the published defaults of the settings of a run, by name.
+
+        Args:
+            epochs: of a run, whose ramp is the same share of it, at least one epoch and no more than published.
+            distill_token: the cross-entropy has a head to itself, which must learn: its weight is 1 where 0 is
+                published.
+        """
         share = self.warmup_epochs if epochs is None else max(1, round(self.warmup_epochs / self.epochs * epochs))
         return dict(
-            task_loss_weight=self.task_weight,
+            task_loss_weight=self.task_weight or float(distill_token),
             distill_loss_weight=self.distill_weight,
             distill_warmup_epochs=min(share, self.warmup_epochs),
         )
@@ -120,6 +129,7 @@ def _row(*args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Cr
     return CriterionInfo(*args, **{**kwargs, 'options': MappingProxyType(options or {})})
 
 
+_ANY = ('logits', 'soft', 'hard')
 _SCALED = 'it scales the logits already'
 
 _TEMPERATURE = Knob('temperature', (0.25, 2))
@@ -133,7 +143,7 @@ CRITERIA: dict[str, CriterionInfo] = {
     for row in (
         _row(
             'none', None, 'no distillation: cross-entropy alone', '', None, distill_weight=0.0,
-            not_standardized='it distils nothing',
+            not_standardized='it distils nothing', answers=_ANY,
         ),
         _row(
             'rld', RLD, 'refined logits: sample confidence + masked correlation',
@@ -172,7 +182,7 @@ CRITERIA: dict[str, CriterionInfo] = {
             'lr', LR, 'label revision: logits where the teacher is right, revised labels where it is wrong',
             'Improve Knowledge Distillation via Label Revision and Data Selection, Lan et al.', 2024,
             options={'lambda1': 4.0, 'lambda2': 1.0, 'eta': 0.8}, task_weight=0.0,
-            not_standardized='it compares raw logits',
+            not_standardized='it compares raw logits', answers=('logits',),
             knobs=(Knob('lambda1', (0.1, 3)), Knob('lambda2', (0.1, 10))),
         ),
         _row(
@@ -270,6 +280,13 @@ CRITERIA: dict[str, CriterionInfo] = {
             imagenet='--distill-kwargs temperature=1',
             knobs=(_TEMPERATURE, _TASK_WEIGHT),
         ),
+        _row(
+            'ce_teacher', CETeacher, "cross-entropy with the teacher's class, without labels",
+            'hard distillation in Training data-efficient image transformers & distillation through attention, '
+            'Touvron et al., ICML', 2021,
+            task_weight=0.0, not_standardized='of the teacher it takes the class alone', answers=_ANY,
+            knobs=(_TASK_WEIGHT, _WEIGHT),
+        ),
     )
 }  # fmt: skip
 
@@ -286,32 +303,49 @@ def get_criterion(name: str, standardize: bool = False) -> CriterionInfo:
     return CRITERIA[name].standardized() if standardize else CRITERIA[name]
 
 
-def published_defaults(name: str, standardize: bool, epochs: int) -> dict[str, Any]:
-    """Return :meth:`CriterionInfo.defaults` of a criterion, as `--distill`, `--standardize` and `--epochs` choose it.
+def published_defaults(name: str, standardize: bool, epochs: int, distill_token: bool = False) -> dict[str, Any]:
+    """Return :meth:`CriterionInfo.defaults` of a criterion, as `--distill`, `--standardize`, `--epochs` and
+    `--distill-token` choose it.
 
     Raises:
         ValueError: as :func:`get_criterion`.
     """
-    return get_criterion(name, standardize).defaults(epochs)
+    return get_criterion(name, standardize).defaults(epochs, distill_token)
 
 
-def choose_criterion(name: str, standardize: bool, options: dict[str, Any]) -> tuple[CriterionInfo, DistillLoss | None]:
+def choose_criterion(
+    name: str, standardize: bool, options: dict[str, Any], answers: str | None = None
+) -> tuple[CriterionInfo, DistillLoss | None]:
     """Return the row of a run with the options that it will have, and its criterion; None where nothing is distilled.
 
     Args:
-        name, standardize, options: as `--distill`, `--standardize` and `--distill-kwargs` have them.
+        name, standardize, options, answers: as `--distill`, `--standardize`, `--distill-kwargs` and `--black-box` have
+            them.
 
     Raises:
-        UsageError: as :func:`get_criterion` and :func:`create_distill_loss`.
+        UsageError: as :func:`get_criterion` and :func:`create_distill_loss`; where the criterion cannot be computed
+            from what the teacher answers.
     """
     try:
         row = get_criterion(name, standardize)
+        if answers and answers not in row.answers:
+            raise ValueError(f'with --black-box {answers}: {_why_not(answers)}')
         row = replace(row, options=MappingProxyType({**row.options, **options}))
         left = {k for k in row.fitted if k not in options}
         given = {k: v for k, v in row.options.items() if k not in left}
         return row, create_distill_loss(name, **given) if row.cls or options else None
     except ValueError as e:
         raise UsageError(f'--distill {name}: {e}') from e
+
+
+def _why_not(answers: str) -> str:
+    if answers == 'soft':
+        return 'it compares raw logits, which probabilities give only up to a constant of each row'
+    others = ' or '.join(name for name, row in CRITERIA.items() if answers in row.answers and row.cls)
+    return (
+        'of a class alone nothing is left of what it compares (doubt, the order of the other classes); '
+        f'--distill {others} takes classes'
+    )
 
 
 def describe_criteria() -> str:

@@ -1,7 +1,21 @@
 """Teacher and student: where they may differ, in classes, size, channels, normalisation and weights."""
 
 from .class_map import match_classes, read_class_map
+from .heads import enable_distilled_training, has_distillation_head, in_distilled_training, outputs_of_heads
 from .pair import Pair, audit, check_kwargs, create_pair, create_student, create_teacher, teacher_skeleton
+from .query import (
+    ClosedTeacher,
+    Queries,
+    QueryError,
+    QueryTeacher,
+    TeacherQuery,
+    asked_about,
+    check_answer,
+    close_teacher,
+    hard_rows,
+    load_query,
+    soft_rows,
+)
 from .teacher import (
     Normalize,
     Teacher,
@@ -26,8 +40,11 @@ from .weights import (
 )
 
 __all__ = [
-    'audit', 'build_model', 'check_accuracy', 'check_kwargs', 'constructor_arguments', 'create_normalize',
-    'create_pair', 'create_student', 'create_teacher', 'has_batch_norm', 'has_fixed_size', 'least_teacher_accuracy',
-    'load_into', 'load_weights', 'look_up', 'match_classes', 'ModelInfo', 'Normalize', 'Pair', 'read_class_map',
-    'resize_mode', 'resized_to', 'Teacher', 'teacher_skeleton', 'to_memory_format', 'weights_digest', 'weights_file',
+    'asked_about', 'audit', 'build_model', 'check_accuracy', 'check_answer', 'check_kwargs', 'close_teacher',
+    'ClosedTeacher', 'constructor_arguments', 'create_normalize', 'create_pair', 'create_student', 'create_teacher',
+    'enable_distilled_training', 'hard_rows', 'has_batch_norm', 'has_distillation_head', 'has_fixed_size',
+    'in_distilled_training', 'least_teacher_accuracy', 'load_into', 'load_query', 'load_weights', 'look_up',
+    'match_classes', 'ModelInfo', 'Normalize', 'outputs_of_heads', 'Pair', 'Queries', 'QueryError', 'QueryTeacher',
+    'read_class_map', 'resize_mode', 'resized_to', 'soft_rows', 'Teacher', 'teacher_skeleton', 'TeacherQuery',
+    'to_memory_format', 'weights_digest', 'weights_file',
 ]  # fmt: skip

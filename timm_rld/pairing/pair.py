@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .class_map import check_order, resolve_class_map
+from .heads import enable_distilled_training
+from .query import ClosedTeacher
 from .teacher import Floats, Normalize, Teacher, create_normalize, resized_to
 from .weights import ModelInfo, build_model, first_line, head_size, load_into, load_weights, look_up
 
@@ -22,13 +24,13 @@ class Pair:
 
     Attributes:
         student: a timm model over the dataset's classes.
-        teacher: None where nothing is distilled.
+        teacher: None where nothing is distilled, or its answers are on the disk.
         normalize: the student's normalisation.
         data_config: the student's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
     """
 
     student: nn.Module
-    teacher: Teacher | None
+    teacher: Teacher | ClosedTeacher | None
     normalize: Normalize
     data_config: dict[str, Any]
 
@@ -54,14 +56,14 @@ class Pair:
         the teacher."""
         found: list[tuple[nn.Module, str, dict[str, Any]]] = [(self.student, '--student', self.data_config)]
         if teacher:
-            assert self.teacher is not None, 'a pair without a teacher'
+            assert isinstance(self.teacher, Teacher), 'a pair without a teacher of its own'
             found.append((self.teacher.model, '--teacher', self.teacher_data_config))
         return found
 
     @property
     def teacher_data_config(self) -> dict[str, Any]:
         """The teacher's preprocessing on this dataset."""
-        assert self.teacher is not None, 'a pair without a teacher'
+        assert isinstance(self.teacher, Teacher), 'a pair without an open teacher'
         channels, *size = self.data_config['input_size']
         normalize = self.teacher.normalize
         mean, std = ((b.flatten() / 255).tolist() for b in (normalize.mean, normalize.std))
@@ -85,6 +87,7 @@ def create_student(
     std: Floats | None = None,
     interpolation: str | None = None,
     crop_pct: float | None = None,
+    distill_token: bool = False,
     **kwargs: Any,
 ) -> Pair:
     """Build a student with a fresh head.
@@ -95,13 +98,14 @@ def create_student(
         pretrained: start from its published weights.
         img_size: size of the images; None for the model's.
         mean, std, interpolation, crop_pct: in place of the model's.
+        distill_token: train its distillation head by the criterion (:func:`enable_distilled_training`).
         **kwargs: for the model's constructor, None is left out.
 
     Returns:
         A pair without a teacher.
 
     Raises:
-        UserError: as :func:`look_up` and :func:`build_model`.
+        UserError: as :func:`look_up` and :func:`build_model`; where it has no distillation head to train.
     """
     from timm.data import resolve_input_data_config
 
@@ -116,6 +120,8 @@ def create_student(
     config = resolve_input_data_config(model, {k: v for k, v in args.items() if v is not None})
     config['mean'], config['std'] = (_per_channel(config[k], in_chans) for k in ('mean', 'std'))
     _try_forward(model, config['input_size'], num_classes, f'--student {name}')
+    if distill_token:
+        enable_distilled_training(model, config['input_size'], f'--student {name}')
     return Pair(model, None, Normalize(config['mean'], config['std']), config)
 
 
@@ -274,8 +280,9 @@ def create_pair(
         img_size: size of the images; None for the student's.
         train_teacher: the teacher will be trained on this dataset first.
         student_kwargs: for the student's constructor.
-        **kwargs: `student_pretrained`, `mean`, `std`, `interpolation`, `crop_pct`, as in :func:`create_student`; with
-            `teacher_` before their name, the arguments of :func:`create_teacher`: `teacher_checkpoint`, ….
+        **kwargs: `student_pretrained`, `mean`, `std`, `interpolation`, `crop_pct`, `distill_token`, as in
+            :func:`create_student`; with `teacher_` before their name, the arguments of :func:`create_teacher`:
+            `teacher_checkpoint`, ….
 
     Returns:
         The pair.
@@ -308,8 +315,8 @@ def create_pair(
 
 
 _PAIR_ARGUMENTS = {
-    'student_pretrained', 'mean', 'std', 'interpolation', 'crop_pct', 'teacher_pretrained', 'teacher_checkpoint',
-    'teacher_class_map', 'teacher_img_size', 'teacher_mean', 'teacher_std',
+    'student_pretrained', 'mean', 'std', 'interpolation', 'crop_pct', 'distill_token', 'teacher_pretrained',
+    'teacher_checkpoint', 'teacher_class_map', 'teacher_img_size', 'teacher_mean', 'teacher_std',
 }  # fmt: skip
 _STUDENT_ARGUMENTS = set(inspect.signature(create_student).parameters) - {'kwargs'}
 
@@ -326,7 +333,7 @@ def audit(pair: Pair) -> list[str]:
     """Return lines that say where teacher and student differ."""
     teacher = pair.teacher
     lines: list[str] = []
-    if teacher is None:
+    if not isinstance(teacher, Teacher):
         return lines
     for what in ('mean', 'std'):
         theirs, ours = ((getattr(n, what) / 255).flatten() for n in (teacher.normalize, pair.normalize))

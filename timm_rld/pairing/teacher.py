@@ -77,6 +77,7 @@ class Teacher(nn.Module):
         name: for messages.
     """
 
+    answers = 'logits'  # what it returns; a closed teacher gives less
     class_map: Tensor | None
 
     def __init__(

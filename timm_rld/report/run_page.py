@@ -20,7 +20,7 @@ from ..config import FIELDS, Config, flag_of, resolve
 from ..errors import UserError
 from ..loss import published_defaults
 from ..poison import describe
-from ..run_folder import RunFiles
+from ..run_folder import RunFiles, read_exports
 from . import figures, plots
 from .figures import Array, Predictions
 from .images import Images, class_counts, data_config, first_images, read_facts
@@ -146,7 +146,7 @@ def base_facts(r: Report) -> dict[str, Any]:
     data = [target, *(x for n in ('data_dir', 'labels', 'train_split', 'val_split', 'val_fraction')
                       if settings.get(n) not in (None, target)
                       for x in (flag_of(n), str(settings[n])))]  # fmt: skip
-    measured = {'teacher': results.get('teacher'), 'student': results.get('student'),
+    measured = {'teacher': settings.get('teacher'), 'student': results.get('student'),
                 'img_size': data_config(r.run)['input_size'][-1], 'batch_size': settings.get('batch_size')}  # fmt: skip
     bench = [x for n, v in measured.items() if v and not str(v).startswith(('local-dir:', 'hf-hub:'))
              for x in (flag_of(n), str(v))]  # fmt: skip
@@ -227,7 +227,7 @@ def verdict(r: Report) -> dict[str, Any]:
         tiles.append((f'{who}, top-1', _points(top1), note, who if who != 'without distillation' else 'third'))
     r.facts.update(images=count)
     differences = _differences(r)
-    return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r)) if t]}
+    return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r), _exports(r)) if t]}
 
 
 def _differences(r: Report) -> Table | None:
@@ -294,11 +294,26 @@ def _sizes(r: Report) -> Table | None:
     )
 
 
+def _exports(r: Report) -> Table | None:
+    """The exports that lie in the run, with the figures of their checks."""
+    rows, device = [], ''
+    for export in read_exports(r.run.folder):
+        about, check = export.about, export.about['check'] or {}
+        cells = ['not checked', '', '']
+        if check:
+            same, ms = check['same_top1'], (check.get('latency_ms') or {}).get('file', {})
+            cells = [_points(check['top1']['file']), f'{100 * same:.2f} %', f'{ms["1"]:.2f} ms' if '1' in ms else '']
+            device = check.get('latency_device') or device
+        rows.append([export.file.name, about['weights'], about['precision'], f'{about["bytes"] / 1e6:.1f} MB', *cells])
+    columns = ['file', 'weights', 'precision', 'size#', 'top-1#', 'same class as torch#', 'an image#']
+    return Table(columns, rows, f'Exports{f" ({device})" if device else ""}') if rows else None
+
+
 # ---------------------------------------------------------------------------------------------------- right and wrong
 
 
 def _no_predictions(r: Report) -> dict[str, Any]:
-    teacher = r.results.get('teacher')  # of a run that trained its teacher, this means the trained one
+    teacher = r.run.settings.get('teacher')  # of a run that trained its teacher, this means the trained one
     words = ['timm-rld', 'evaluate', str(r.run.folder), *(['--teacher', teacher] if teacher else []),
              '--output', str(r.run.folder)]  # fmt: skip
     return {'missing': 'This run has no predictions.parquet, so that this block is empty. This makes it:',
@@ -313,8 +328,9 @@ def picture(r: Report, row: int, tone: str = '') -> Picture:
     lines: list[str | tuple[str, str]] = [label]
     for who, said in (('student', p.student), ('teacher', p.teacher)):
         if said is not None:
-            name = '' if said.right[row] else f'{r.name(said.top1[row])}, '
-            lines.append((who, f'{name}{100 * said.top1_prob[row]:.0f}%'))
+            words = [] if said.right[row] and said.has_probabilities else [r.name(said.top1[row])]
+            words += [f'{100 * said.top1_prob[row]:.0f}%'] if said.has_probabilities else []
+            lines.append((who, ', '.join(words)))
     file = Path(p.file[row]).name or f'image {p.index[row]}'
     return Picture(r.images.thumbnail(int(p.index[row])), lines, f'{file}, label {label}', tone)
 
@@ -358,7 +374,7 @@ def suspects_csv(r: Report, rows: Array) -> str:
     p = r.predictions
     assert p is not None
     score, networks = figures.suspect_scores(p), [('student', p.student), ('teacher', p.teacher)]
-    there = [(who, a) for who, a in networks if a is not None]
+    there = [(who, a) for who, a in networks if a is not None and a.has_probabilities]
     lines = [
         [p.index[i], p.file[i], r.name(p.target[i]), r.name(p.student.top1[i]),
          *(f'{a.top1_prob[i]:.4f}' for _, a in there), f'{score[i]:.3f}']
@@ -387,6 +403,7 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 _DIAGNOSTICS = {
     'scd': 'Sample confidence (scd)', 'mcd': 'Masked correlation (mcd)', 'teacher_wrong': 'Teacher wrong, share',
     'masked_classes': 'Classes masked', 'masked_mass': "Teacher's probability masked",
+    'main_top1': 'Main head, top-1 in training', 'distill_top1': 'Distillation head, top-1 in training',
 }  # fmt: skip
 
 
@@ -533,7 +550,7 @@ def calibration(r: Report) -> dict[str, Any]:
         return _no_predictions(r)
     drawn, rows = [], []
     for who, answers_ in (('student', p.student), ('teacher', p.teacher)):
-        if answers_ is None:
+        if answers_ is None or not answers_.has_probabilities:
             continue
         found, best = metrics.reliability(answers_.top1_prob, answers_.right), r.model(who).get('best_temperature')
         error = 100 * metrics.ece(answers_.top1_prob, answers_.right)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import FIELDS, Config, flag_of, parse_args, resolve
@@ -113,6 +113,13 @@ def knobs_of(default: Candidate, shared: Sequence[str]) -> list[Knob]:
     return [k for k in (*CRITERIA[default.criterion].knobs, *(SHARED[name] for name in shared)) if k.name not in given]
 
 
+def _allowed(knob: Knob, config: Config) -> Knob:
+    """Return a knob without what a run would refuse: no weight of the cross-entropy."""
+    if knob.name == 'task_loss_weight' and (config.distill_token or config.class_weights is not None):
+        return replace(knob, choices=tuple(filter(None, knob.choices)))
+    return knob
+
+
 def sample(default: Candidate, count: int, seed: int, shared: Sequence[str], config: Config) -> Iterator[Candidate]:
     """Give candidates around a criterion's published settings, the same ones for the same arguments: a Latin hypercube,
     in which each of ``count`` equal parts of a knob's range has one.
@@ -122,7 +129,7 @@ def sample(default: Candidate, count: int, seed: int, shared: Sequence[str], con
         config: of all runs.
     """
     rng = random.Random(f'{seed} {default.text(config.epochs or 1)}')
-    knobs = knobs_of(default, shared)
+    knobs = [_allowed(k, config) for k in knobs_of(default, shared)]
     columns = {knob.name: rng.sample(range(count), count) for knob in knobs}
     rate = learning_rate(config)
     for i in range(count):

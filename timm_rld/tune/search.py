@@ -383,7 +383,7 @@ def _finish(
                      'versions': results['versions']})  # fmt: skip
     config = search.config
     found = {
-        'teacher': config.teacher, 'student': config.student, 'epochs': whole, 'flags': shlex.join(search.flags),
+        'teacher': config.teacher_name, 'student': config.student, 'epochs': whole, 'flags': shlex.join(search.flags),
         'budget': budget, 'holdout': search.holdout, 'images': list(search.images), 'seed': search.seed,
         'seeds': list(seeds), 'rungs': [_without_seconds(t) for t in tables], 'texts': texts, 'roles': roles,
         'versions': runs[-1]['versions'] if runs else {},
