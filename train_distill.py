@@ -28,7 +28,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     """Train with the given settings. Returns what results.json holds, and the run folder as `run`."""
     import torch
 
-    from timm_rld import data, engine, hub, loss, pairing, run_folder
+    from timm_rld import data, engine, hub, loss, pairing, poison, run_folder
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
     from timm_rld.mekd_task import MEKDTask
     from timm_rld.resume import open_run
@@ -54,6 +54,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     for line in (*describe_derived(config), *data.describe_classes(train_split)):
         log(line)
     class_weights = data.class_weights(train_split, **config.arguments_of('class_weights'))
+    attacker = poison.create_poison(train_split, **config.arguments_of('create_poison'))
 
     # ---- student, teacher
     torch.manual_seed(config.seed)  # before each of the two, so that neither's start depends on the other
@@ -68,8 +69,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             **config.arguments_of('create_teacher'),
         )  # fmt: skip
     features = create_features(pair, log=log, **config.arguments_of('create_features'))
-    trained = [(pair.student, '--student', pair.data_config)]
-    trained += [(pair.teacher.model, '--teacher', pair.teacher_data_config)] if train_teacher else []
+    trained = pair.trained(train_teacher)
     main_only(accelerator, lambda: [hub.check_export(*network) for network in trained])
     train_loader, val_loader = data.create_loaders(
         train_split, val_split, pair.data_config,
@@ -99,13 +99,15 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         config.pick('student', 'distill', 'feature_distill', 'epochs', 'seed'), teacher=config.teacher_name,
         teacher_top1=teacher.top1, distill_options=dict(info.options), num_classes=num_classes, command=command,
         teacher_macro=teacher.macro, teacher_sha256=teacher.digest, paper=info.cited, versions=run_folder.versions(),
+        poison=poison.facts(attacker),
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
         run_on['train_loader'] = engine.prepare_images(criterion, pair, folder, config, class_names, **run_on)
         task = (MEKDTask if info.generated else DistillationTask)(
             pair.student, pair.teacher if criterion or features else None, criterion, normalize=pair.normalize,
-            cache=cache, features=features, class_weights=class_weights, **config.arguments_of('DistillationTask'),
+            cache=cache, features=features, class_weights=class_weights, poison=attacker,
+            **config.arguments_of('DistillationTask'),
         )  # fmt: skip
         export = functools.partial(hub.export_model, data_config=pair.data_config, label_names=class_names)
         if config.push_to_hub and is_main:

@@ -23,22 +23,25 @@ FLOORS = {
     'metrics': set(),
     'offline': set(),
     '_timm': set(),
+    'seeds': set(),
     # 2
     'config': {'errors', 'files'},
     'distributed': {'errors', 'files'},
     'models': {'_timm'},
     'loss': {'errors'},
-    'data': {'errors', 'files', 'offline', '_timm'},
+    'data': {'errors', 'files', 'offline', 'seeds', '_timm'},
     'pairing': {'errors', 'offline', '_timm'},
     'run_folder': {'errors', 'files'},
+    'poison': {'errors', 'seeds'},
     # 3
-    'task': {'errors', 'data', 'pairing', 'loss'},
+    'task': {'errors', 'data', 'pairing', 'loss', 'poison'},
     'mekd_task': {'data', 'loss', 'task'},
     'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
-    'hub': {'errors', 'offline', 'config', 'run_folder'},
+    'hub': {'errors', 'offline', 'config', 'run_folder', 'poison'},
     'resume': {'errors', 'files', 'config', 'distributed', 'data', 'run_folder'},
     'runs': {'errors', 'files', 'metrics', 'config', 'loss'},
-    'compare': {'errors', 'files', 'config', 'runs'},
+    'poison_study': {'errors', 'metrics', 'config', 'poison', 'runs'},
+    'compare': {'errors', 'files', 'config', 'runs', 'poison_study'},
     'tune': {'errors', 'files', 'config', 'data', 'loss', 'runs'},
     # 4
     'engine': {
@@ -51,6 +54,7 @@ FLOORS = {
         'data',
         'pairing',
         'loss',
+        'poison',
         'run_folder',
         'task',
         'cache',
@@ -69,7 +73,7 @@ FLOORS = {
         'hub',
         'engine',
     },
-    'report': {'errors', 'files', 'metrics', 'config', 'loss', 'data', 'run_folder', 'cache'},
+    'report': {'errors', 'files', 'metrics', 'config', 'loss', 'data', 'run_folder', 'cache', 'poison', 'poison_study'},
     # 6
     'bench': {
         'errors',

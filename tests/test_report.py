@@ -267,15 +267,18 @@ BASE = dict(
     run='RUN', name='run', train='TRAIN', train_none='NONE', report_baseline='B', compare='C', compare_kd='CK',
     compare_dkd='CD', twice_epochs=20, teacher_family='*resnet*', student_family='*resnet*', again='A',
     with_augmentation='WA', check_data='D', bench='BENCH', half_weight=0.5, gentler='--crop-padding 2', larger=64,
-    better_teacher='BT', epochs=10, chance=10.0, teacher_low=80.0, median_count=100,
+    better_teacher='BT', train_clean='CLEAN', distill='rld', epochs=10, chance=10.0, teacher_low=80.0, median_count=100,
     student_top1=90.0, teacher_top1=92.0, best_epoch=7, suspects_file='S', images=1000, no_aug=False, behind=2.0,
 )  # fmt: skip
 OF_ANSWERS = dict(suspects=2, suspects_share=0.2, wrong=100, only_teacher=30, only_student=10, neither=60)
 OF_LABELS = dict(teacher_best_temperature=1.0, temperature=4.0, options_with_temperature='temperature=6',
                  new_temperature=6.0, student_ece=2.0, student_bias=1.0, smoothing=0.1)  # fmt: skip
+DAMAGE = dict(most_criterion='kd', most_loss=80.0, most_attack='pcfdla', most_fraction=1.0, least_criterion='rld',
+              least_loss=1.0, least_attack='zero', least_fraction=1.0)  # fmt: skip
 GAIN = dict(gain=1.0, gain_low=0.2, gain_high=1.8)
 CASES = {
     ('verdict', 'teacher at chance'): dict(teacher_low=8.0),
+    ('verdict', 'poisoned'): dict(poison='fdla on 30 % of the training images (431)'),
     ('verdict', 'few images'): dict(images=20),
     ('curves', 'few epochs'): dict(epochs=2),
     ('classes', 'few images'): dict(median_count=2),
@@ -327,12 +330,15 @@ CASES = {
     ('comparison', 'worse'): dict(seeds=3, gain=-1.0, gain_half=0.5, reference='rld', second='kd', push='P'),
     ('comparison', 'chance'): dict(seeds=3, gain=0.3, gain_half=0.5, reference='rld', second='kd', more_seeds='M'),
     ('comparison', 'incomplete'): dict(seeds=3, more_seeds='M'),
+    ('attacks', 'damage'): dict(**DAMAGE, more_seeds='M'),
+    ('attacks', 'harmless'): dict(**{**DAMAGE, 'most_loss': 0.5}, more_seeds='M'),
+    ('attacks', 'no clean runs'): dict(more_seeds='M'),
 }  # fmt: skip
 
 
 def test_every_rule_has_a_planted_case():
     assert {(rule.block, rule.name) for rule in RULES} == set(CASES)
-    assert {rule.block for rule in RULES} == {*BLOCKS, 'generated', 'comparison'}
+    assert {rule.block for rule in RULES} == {*BLOCKS, 'generated', 'comparison', 'attacks'}
 
 
 @pytest.mark.parametrize('case', CASES, ids=' '.join)
@@ -367,7 +373,7 @@ def test_the_commands_of_a_report_can_be_run(planted):
                  data_std='0.1 0.2 0.3')  # fmt: skip
     checked = set()
     for rule in RULES:
-        if rule.block == 'comparison':
+        if rule.block in ('comparison', 'attacks'):
             continue
         words = shlex.split(rule.command.format(**facts))
         if words[:3] == ['accelerate', 'launch', 'train_distill.py']:

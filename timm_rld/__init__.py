@@ -42,6 +42,8 @@ _PUBLIC = {
     'Generator': 'models',
     'mekd_loss': 'loss',
     'MixedTarget': 'data',
+    'poison_logits': 'poison',
+    'poisoned_indices': 'poison',
     'export_model': 'hub',
     'UserError': 'errors',
 }

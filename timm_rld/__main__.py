@@ -99,7 +99,10 @@ def compare(args: argparse.Namespace) -> None:
     """Run a comparison, print its table, and raise what failed."""
     from .compare import compare, markdown
 
-    found = compare(args.criteria, args.seeds, args.flags, args.output, launcher=args.launcher)
+    found = compare(
+        args.criteria, args.seeds, args.flags, args.output, poison=args.poison, poison_fractions=args.poison_fraction,
+        launcher=args.launcher,
+    )  # fmt: skip
     print(markdown(found), end='')
     if failed := found['failed']:
         reasons = '\n'.join(run['reason'] for run in failed)
@@ -204,6 +207,11 @@ def _add_compare(verbs: Any) -> None:
                       help='default: none kd dkd rld; options after a colon, features after a plus: '
                       "'rld:beta=2,temperature=1', 'none+fitnet:stage=3'")  # fmt: skip
     verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2], help='default: 0 1 2')
+    verb.add_argument('--poison', nargs='+', metavar='ATTACK', default=[],
+                      help="attacks on the teacher's logits (fdla, pcfdla, fdpla, zero, random) to run each criterion "
+                      "under; options after a colon: 'pcfdla:strength=4,fraction=[0.1,0.5]'")  # fmt: skip
+    verb.add_argument('--poison-fraction', nargs='+', type=float, metavar='P', default=[],
+                      help='of the training images that they change; 0: also a run without attack')  # fmt: skip
     verb.add_argument('--output', metavar='DIR', default='output/compare', help='default: output/compare')
     verb.add_argument('--launcher', metavar='COMMAND', default='', help=LAUNCHER)
     verb.set_defaults(run=compare)

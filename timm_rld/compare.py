@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import poison_study
 from .config import Config, resolve
 from .errors import UserError, writing
 from .files import write_atomic
+from .poison_study import COLUMNS, Poisoning, is_clean, plan_study, without_attack
 from .runs import (
+    Variant,
     check_flags,
     check_unique,
     claim,
@@ -38,6 +41,8 @@ def compare(
     flags: Sequence[str],
     output: str | Path,
     *,
+    poison: Sequence[str] = (),
+    poison_fractions: Sequence[float] = (),
     launcher: str = '',
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -52,6 +57,9 @@ def compare(
         seeds: of the students' weights, order and augmentation.
         flags: of `train_distill.py`, for all runs alike.
         output: folder of the runs, `compare.md`, `compare.csv` and `compare.json`.
+        poison, poison_fractions: attacks on the teacher's logits, and the fractions of the training images that they
+            change (:func:`timm_rld.poison_study.plan_study`): each criterion is run under each. Runs without attack
+            (fraction 0, `none`) are shared by all attacks.
         launcher: a command in place of `python`, e.g. `accelerate launch --num_processes 2`.
         log: prints a line.
 
@@ -68,39 +76,26 @@ def compare(
     flags = [*flags, *same_held_out(config)]
     answers = resolve(config).black_box
     variants = [parse_variant(c, answers) for c in criteria]
-    claim(output, config, 'a comparison')
+    study = plan_study(poison, poison_fractions, config, variants)
+    claim(output, without_attack(config), 'a comparison')
     launch = launch_command(launcher)
     with_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
-    jobs = [(v, s, output / f'{slug(v.label)}-seed{s}') for s in seeds for v in variants]
+    jobs = [
+        (v, p, s, output / f'{slug(v.label)}{p.suffix}-seed{s}') for s in seeds for v in variants for p in study.of(v)
+    ]
     log(f'{len(jobs)} run(s) in {output}' + (', and a teacher for all' if with_teacher else ''))
     common = flags
     if with_teacher:
         common = train_teacher(launch, flags, output, log, '--seed', str(seeds[0]))
-    rows, failed, versions = [], [], {}
-    for n, (variant, seed, folder) in enumerate(jobs, 1):
-        command = [*launch, *common, *_without_features(config), *variant.flags, '--seed', str(seed)]
-        if config.teacher_cache is not None:  # the images of another seed are others
-            command += ['--teacher-cache', str(Path(config.teacher_cache) / f'seed-{seed}')]
-        name, log_run = f'{variant.label} seed {seed}', functools.partial(_log_numbered, log, f'[{n}/{len(jobs)}]')
-        try:
-            results = run_training(command, folder, name, log_run)
-        except UserError as e:
-            log_run(str(e))
-            failed.append({'criterion': variant.label, 'seed': seed, 'reason': str(e), 'run': folder.name})
-            continue
-        versions = results['versions']
-        values = (
-            variant.label, seed, results['student_top1'], results['student_top1_best'], results.get('student_macro'),
-            results['teacher_top1'], results['agreement'], results['train_images_per_second'], folder.name,
-        )  # fmt: skip
-        rows.append(dict(zip(_COLUMNS, values)))
+    rows, failed, versions = _run_all(jobs, [*launch, *common, *_without_features(config)], config.teacher_cache, log)
     found = {
         'teacher': config.teacher_name, 'student': config.student, 'epochs': resolve(config).epochs,
         'flags': shlex.join(flags), 'seeds': list(seeds), 'versions': versions, 'runs': rows, 'failed': failed,
-        'criteria': summarize(rows, [v.label for v in variants]),
+        'criteria': summarize([r for r in rows if is_clean(r)], [v.label for v in variants if study.has_clean(v)]),
+        **study.found(rows),
     }  # fmt: skip
     table = io.StringIO()
-    writer = csv.DictWriter(table, _COLUMNS, lineterminator='\n')
+    writer = csv.DictWriter(table, [*_COLUMNS, *COLUMNS], lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
     with writing(f'--output: {output}'):
@@ -108,6 +103,43 @@ def compare(
         write_atomic(output / 'compare.csv', table.getvalue())
         write_atomic(output / 'compare.md', markdown(found))
     return found
+
+
+def _run_all(
+    jobs: Sequence[tuple[Variant, Poisoning, int, Path]],
+    command: Sequence[str],
+    cache: str | None,
+    log: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]:
+    """Run what is not there yet.
+
+    Args:
+        jobs: criterion, attack, seed and folder of each run.
+        command: that all have in common.
+        cache: folder of the teacher's logits; those of each seed lie apart, since the images of another are others.
+
+    Returns:
+        A row for each run, the failures, and the versions of packages.
+    """
+    rows, failed, versions = [], [], {}
+    for n, (variant, poisoning, seed, folder) in enumerate(jobs, 1):
+        flags = [*variant.flags, *poisoning.flags, '--seed', str(seed)]
+        if cache is not None:
+            flags += ['--teacher-cache', str(Path(cache) / f'seed-{seed}')]
+        what, log_run = variant.label + poisoning.title, functools.partial(_log_numbered, log, f'[{n}/{len(jobs)}]')
+        try:
+            results = run_training([*command, *flags], folder, f'{what} seed {seed}', log_run)
+        except UserError as e:
+            log_run(str(e))
+            failed.append({'criterion': what, 'seed': seed, 'reason': str(e), 'run': folder.name})
+            continue
+        versions = results['versions']
+        values = (
+            variant.label, seed, results['student_top1'], results['student_top1_best'], results.get('student_macro'),
+            results['teacher_top1'], results['agreement'], results['train_images_per_second'], folder.name,
+        )  # fmt: skip
+        rows.append({**dict(zip(_COLUMNS, values)), **poisoning.columns(results)})
+    return rows, failed, versions
 
 
 def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -191,6 +223,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines += [
         'Top-1, macro accuracy (mean over the classes, last epoch) and agreement (same prediction as the teacher) in '
         'percent. `best epoch` is chosen on the validation split itself.',
+        *poison_study.markdown(found.get('poison') or []),
         '',
     ]
     return '\n'.join(lines)

@@ -52,12 +52,13 @@ class MEKDTask(DistillationTask):
         target: Tensor | MixedTarget | None = None,
         teacher_logits: Tensor | None = None,
         teacher_features: Sequence[Tensor] | None = None,
+        indices: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One step's forward pass.
 
         Args:
             input: noise `[B, C, 1, 1]`.
-            target, teacher_features: are not looked at.
+            target, teacher_features, indices: are not looked at.
             teacher_logits: of :meth:`ask_teacher`, where they are known already.
 
         Returns:

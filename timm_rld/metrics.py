@@ -43,12 +43,15 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     n, mean = len(values), statistics.fmean(values)
     if n < 2:
         return mean, None
-    degrees, z = n - 1, Z95
+    return mean, t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def t_quantile(degrees: int) -> float:
+    """Return the 97.5% quantile of Student's t for a number of degrees of freedom of at least 1."""
     if degrees <= len(_T):
-        t = _T[degrees - 1]
-    else:  # the first terms of the quantile's series in 1 / degrees
-        t = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-    return mean, t * statistics.stdev(values) / math.sqrt(n)
+        return _T[degrees - 1]
+    z = Z95  # the first terms of the quantile's series in 1 / degrees
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def mcnemar_interval(a_correct: ArrayLike, b_correct: ArrayLike, z: float = Z95) -> tuple[float, float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 import shlex
@@ -121,8 +122,15 @@ def outcome(history: list[dict[str, float]], best_by: str = 'top1') -> dict[str,
         student_top1_ema=last.get('eval_top1_ema'),
         student_macro_ema=last.get('eval_macro_ema'),
         agreement=last.get('eval_agreement'),
+        second_class=last.get('eval_second_class'),
+        train_top1_poisoned=_known(last.get('train_top1_poisoned')),
+        train_top1_clean=_known(last.get('train_top1_clean')),
         train_images_per_second=len(history) / sum(1 / max(r['images_per_second'], 1e-9) for r in history),
     )
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
 
 
 def summary_line(results: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 
 from .data import MixedTarget
-from .data.replay import FEATURE_LAYERS, ReplayDataset, seeded
+from .data.replay import ReplayDataset, seeded
 from .errors import UserError
 from .loss import CRITERIA, DistillLoss, create_distill_loss
 from .loss.features import FEATURES, FeatureLoss, choose_stage, create_feature_loss, get_feature_method
@@ -32,6 +32,8 @@ from .pairing import (
     outputs_of_heads,
     pair_maps,
 )
+from .poison import Poison
+from .seeds import FEATURE_LAYERS
 
 
 class CachedLogits(Protocol):
@@ -190,12 +192,14 @@ class DistillationTask(TrainingTask):
         normalize: of the student; None for that of its `pretrained_cfg`.
         cache: of the teacher's logits; the teacher may then be None, unless features are distilled: its features are
             asked for in each step, and its logits still come from the cache.
+        poison: changes the teacher's logits on a part of the training images, after the cache.
         features: of :func:`create_features`. None: no features are distilled.
         feature_loss_weight, feature_warmup_epochs: None for the published ones of the method's row.
         device, dtype, verbose: as in timm.
 
     Raises:
-        ValueError: a criterion without a teacher or its cache, a method on features without a teacher.
+        ValueError: a criterion without a teacher or its cache, a method on features without a teacher, poison without a
+            criterion.
     """
 
     def __init__(
@@ -211,6 +215,7 @@ class DistillationTask(TrainingTask):
         class_weights: Tensor | None = None,
         normalize: Normalize | None = None,
         cache: CachedLogits | None = None,
+        poison: Poison | None = None,
         features: FeatureDistillation | None = None,
         feature_loss_weight: float | None = None,
         feature_warmup_epochs: int | None = None,
@@ -223,6 +228,8 @@ class DistillationTask(TrainingTask):
             criterion = None if criterion == 'none' else create_distill_loss(criterion)
         if criterion is not None and teacher is None and cache is None:
             raise ValueError('a distillation criterion needs a teacher')
+        if criterion is None and poison is not None:
+            raise ValueError('without a criterion there are no logits to poison')
         if teacher is not None and not isinstance(teacher, (Teacher, ClosedTeacher)):
             teacher = Teacher(teacher)
         row = CRITERIA['none'] if criterion is None else CRITERIA.get(getattr(criterion, 'name', ''))
@@ -234,7 +241,7 @@ class DistillationTask(TrainingTask):
         )
         self.trainable_module = student
         self.teacher = teacher
-        self.cache = cache
+        self.cache, self.poison = cache, poison
         self.normalize = normalize if normalize is not None else create_normalize(student)
         self.criterion = criterion
         self.task_criterion: nn.Module = create_classification_loss('ce', smoothing=smoothing)
@@ -340,14 +347,14 @@ class DistillationTask(TrainingTask):
     def ask_teacher(
         self, input: Tensor, target: Tensor | None = None, indices: Tensor | None = None, epoch: int | None = None
     ) -> tuple[Tensor | None, list[Tensor] | None]:
-        """Return the teacher's logits `[B, C]` for an input of :meth:`forward`, and its features, of one forward pass;
-        None for what is not distilled.
+        """Return the teacher's logits `[B, C]` for an input of :meth:`forward`, poisoned where that is asked for, and its
+        features, of one forward pass; None for what is not distilled.
 
         Args:
-            target, indices, epoch: with a cache: classes and indices of the images, and the epoch (1-based).
+            target, indices, epoch: with a cache or poison: classes and indices of the images, and the epoch (1-based).
 
         Raises:
-            ValueError: with a cache, where one of these is not given.
+            ValueError: with a cache or poison, where one of these is not given.
         """
         if self.criterion is None and self.features is None:
             return None, None
@@ -366,11 +373,16 @@ class DistillationTask(TrainingTask):
                 return teacher(pixels(chosen))
             return logits if chosen is None else logits[chosen.to(logits.device)]
 
-        if self.cache is None:
+        if self.cache is None and self.poison is None:
             return compute(), features
         if target is None or indices is None or epoch is None:
-            raise ValueError('a cache of logits needs the classes and indices of the images, and the epoch')
-        return self.cache.logits(epoch, indices, target, compute if teacher is not None else None), features
+            what = 'poison' if self.cache is None else 'a cache of logits'
+            raise ValueError(f'{what} needs the classes and indices of the images, and the epoch')
+        if self.cache is None:
+            rows = compute()
+        else:
+            rows = self.cache.logits(epoch, indices, target, compute if teacher is not None else None)
+        return rows if self.poison is None else self.poison(rows, indices, epoch), features
 
     def _student_outputs(self, input: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The student's outputs `[B, C]` for the cross-entropy and for the criterion, those of its two heads or twice
@@ -395,6 +407,7 @@ class DistillationTask(TrainingTask):
         target: Tensor | MixedTarget,
         teacher_logits: Tensor | None = None,
         teacher_features: Sequence[Tensor] | None = None,
+        indices: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One step's forward pass.
 
@@ -404,12 +417,14 @@ class DistillationTask(TrainingTask):
                 λ · L(a) + (1-λ) · L(b), since a criterion like RLD needs the class, not a soft target.
             teacher_logits, teacher_features: of :meth:`ask_teacher`, where they are known already; None: they are
                 computed.
+            indices: with poison: of the images in the training split, `[B]`.
 
         Returns:
             `loss` (for backward), `output` (student logits `[B, C]`), `task_loss` (cross-entropy), `kd_loss` (the
-            criterion, before weight and ramp), `feature_loss` (the method on features, likewise) and the criterion's
-            diagnostics; all but `output` are 0-d. Of two heads `output` is the main one's, and `main_top1` and
-            `distill_top1` are the percentages that each has right.
+            criterion, before weight and ramp), `feature_loss` (the method on features, likewise), the criterion's
+            diagnostics, and with poison and indices :meth:`Poison.figures` (of mixed images, those of the first one);
+            all but `output` are 0-d. Of two heads `output` is the main one's, and `main_top1` and `distill_top1` are
+            the percentages that each has right.
         """
         if (self.criterion is not None and teacher_logits is None) or (self.features and teacher_features is None):
             logits_now, features_now = self.ask_teacher(input)
@@ -443,6 +458,9 @@ class DistillationTask(TrainingTask):
         for name, figure in figures[0].items():
             other = figures[-1][name]
             result[name] = other.lerp(figure, target.lam) if isinstance(target, MixedTarget) else figure
+        if self.poison is not None and indices is not None:
+            first = target.a if isinstance(target, MixedTarget) else target
+            result.update(self.poison.figures(logits, first, indices))
         return result
 
 

@@ -438,8 +438,8 @@ class TeacherCache:
         self.validated = True
 
     def validation(self, indices: Sequence[int]) -> tuple[float, float | None, Tensor, str | None]:
-        """Return the teacher's top-1 and macro accuracy on the validation split (percent), its predicted classes for
-        the given images, and the SHA-256 of its weights. Older caches hold no macro accuracy.
+        """Return the teacher's top-1 and macro accuracy on the validation split (percent), its logits `[n, C]` on the
+        given images, and the SHA-256 of its weights. Older caches hold no macro accuracy.
 
         Raises:
             UserError: where a row is damaged.
@@ -447,7 +447,7 @@ class TeacherCache:
         logits = self.validation_logits(indices)
         assert self.body is not None  # open() was called
         found = self.body['validation'][self.validation_name]
-        return found['teacher_top1'], found.get('teacher_macro'), logits.argmax(dim=1), found['teacher_sha256']
+        return found['teacher_top1'], found.get('teacher_macro'), logits, found['teacher_sha256']
 
     def validation_logits(self, indices: Sequence[int]) -> Tensor:
         """Return the teacher's logits `[n, C]` on the given images of the validation split, float32, on the CPU.

@@ -392,8 +392,8 @@ def run_of(path: str) -> Path:
 
 def _still_meant(from_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return the file's settings without those that complete a choice that the command line has changed: the options of
-    another criterion, the columns of a Hub dataset where `--data-dir` or `--labels` names files, the validation split
-    where `--val-fraction` makes one."""
+    another criterion or attack, the columns of a Hub dataset where `--data-dir` or `--labels` names files, the
+    validation split where `--val-fraction` makes one."""
     dropped: list[str] = []
     for choice in ('distill', 'feature_distill'):
         before = from_file.get(choice, FIELDS[choice].default)
@@ -402,6 +402,9 @@ def _still_meant(from_file: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     of_hub = str(from_file.get('dataset')).startswith(('hfds/', 'hfids/'))
     if of_hub and 'dataset' not in given and ('data_dir' in given or 'labels' in given):
         dropped += ['dataset', *marked('belongs_to', 'dataset')]
+    attack = from_file.get('poison', FIELDS['poison'].default)
+    if given.get('poison', attack) != attack:
+        dropped += marked('belongs_to', 'poison')
     if 'val_fraction' in given and 'val_split' not in given:
         dropped += marked('belongs_to', 'val_fraction')
     return {k: v for k, v in from_file.items() if k not in dropped}

@@ -135,7 +135,7 @@ class Config:
         used_by='create_teacher:std')  # fmt: skip
     black_box: str | None = setting(None, MODELS,
         "a closed teacher, which answers with probabilities ('soft') or a class ('hard') and shows nothing else",
-        choices=('soft', 'hard'), used_by='QueryTeacher:answers AnswersFile:answers',
+        choices=('soft', 'hard'), used_by='QueryTeacher:answers AnswersFile:answers check_poison',
         logits=lambda c: c.black_box is not None)  # fmt: skip
     teacher_query: str | None = setting(None, MODELS,
         'a closed teacher in place of --teacher: MODULE:FUNCTION takes images (uint8 NumPy [B, H, W, C]) and returns '
@@ -165,7 +165,7 @@ class Config:
 
     # distillation
     distill: str = setting('rld', DISTILL, 'criterion, see the table below', per_run=True,
-        used_by='published_defaults:name')  # fmt: skip
+        used_by='published_defaults:name check_poison')  # fmt: skip
     distill_kwargs: dict = setting({}, DISTILL, "the criterion's options, as name=value: alpha=1 beta=8 temperature=4",
         belongs_to='distill')  # fmt: skip
     standardize: bool = setting(False, DISTILL,
@@ -205,6 +205,16 @@ class Config:
         'epochs if fewer)', ge=1, used_by='TeacherCache:augmentation_epochs')  # fmt: skip
     teacher_cache_dtype: str = setting('float16', DISTILL, 'dtype of the cached logits',
         choices=('float16', 'bfloat16', 'float32'), used_by='TeacherCache:dtype')  # fmt: skip
+    poison: str = setting('none', DISTILL,
+        "change what the teacher says on a part of the training images, to study a criterion: shift each row's ranks "
+        '(fdla), peak at the second class (pcfdla), reverse the ranks (fdpla), all zero, or noise',
+        choices=('none', 'fdla', 'pcfdla', 'fdpla', 'zero', 'random'),
+        used_by='check_poison:attack create_poison:attack')  # fmt: skip
+    poison_fraction: float | None = setting(None, DISTILL, 'part of the training images that --poison changes', gt=0,
+        le=1, used_by='check_poison:fraction create_poison:fraction', belongs_to='poison')  # fmt: skip
+    poison_strength: float | None = setting(None, DISTILL,
+        'height of the peak of --poison pcfdla (default: 9), or deviation of --poison random (default: 1)',
+        used_by='check_poison:strength create_poison:strength', belongs_to='poison')  # fmt: skip
     smoothing: float | None = setting(None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0,
         le=0.99, used_by='DistillationTask')  # fmt: skip
     generator: str | None = setting(None, DISTILL,
@@ -301,7 +311,8 @@ class Config:
         'file with images to leave out of training and validation, a path a line (below --data-dir, or absolute)',
         used_by='open_splits open_validation', resumable=True, path=True, evaluation=True)  # fmt: skip
     seed: int = setting(42, DATA, 'seed of weights, order and augmentation', ge=0, le=2**32 - 1024,
-        used_by='open_splits open_validation create_loaders Mixup create_features', per_run=True)  # fmt: skip
+        used_by='open_splits open_validation create_loaders Mixup create_features create_poison',
+        per_run=True)  # fmt: skip
 
     # augmentation
     no_aug: bool = setting(False, AUG, 'no augmentation', flag=True, used_by='create_loaders', logits=True)

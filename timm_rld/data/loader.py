@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import SampleError, UserError
-from .replay import STREAM, ReplayDataset, ReplayStream, derive_seed
+from ..seeds import STREAM, derive_seed
+from .replay import ReplayDataset, ReplayStream
 from .sampler import ReplaySampler, Step
 from .sources import Source
 from .transforms import Transform, eval_transform, train_transform

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .replay import MIX, seeded
+from ..seeds import MIX
+from .replay import seeded
 
 
 class MixedTarget(NamedTuple):

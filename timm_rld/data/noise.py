@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .replay import NOISE, derive_seed
+from ..seeds import NOISE, derive_seed
 from .sampler import Step
 from .sources import Source
 

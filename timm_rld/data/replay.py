@@ -20,19 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import SampleError
+from ..seeds import REPLACEMENT, SAMPLE, STREAM, STREAM_SAMPLE, derive_seed
 from .images import decode, reason
 from .sources import Source
 from .transforms import DraftTransform
-
-# What a derived seed is for, so that no two uses share a stream.
-SAMPLE, ORDER, MIX, STREAM, STREAM_SAMPLE, REPLACEMENT = range(6)
-FEATURE_LAYERS = 8  # 6 and 7 belong to studies of poisoned teachers
-SHARE, NOISE, GENERATOR, SHOWN = range(12, 16)  # a share of the images; of MEKD: noise, phase 1, images that are shown
-
-
-def derive_seed(*key: int) -> int:
-    """A 64-bit seed from a key of non-negative integers; any change of the key gives an unrelated seed."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
 def seed_generators(*key: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Sampler
 
-from .replay import ORDER, derive_seed
+from ..seeds import ORDER, derive_seed
 
 
 @dataclass(frozen=True)

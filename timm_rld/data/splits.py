@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..seeds import SHARE, derive_seed
 from .holdout import stratified_holdout
 from .names import TRAIN_NAMES, VALIDATION_NAMES, first_named, some
 from .overlap import overlap
-from .replay import SHARE, derive_seed
 from .sources import SAMPLE_NOTE, Source, open_split
 from .table import SPLIT_COLUMN, Table, read_table
 from .tune_holdout import hold_out_to_tune

@@ -36,7 +36,8 @@ def evaluate(
         predict: pixels `[B, C, H, W]` → logits `[B, C]`. Not a DDP module: its collectives would hang where processes
             have different numbers of batches.
         loader: of the split.
-        reference: predictions of another network from an earlier call with this loader.
+        reference: predictions `[n, 2]` of the teacher, from an earlier call with this loader; or `[n, 1]`, where it
+            names a class alone.
         title: for messages.
         interrupted: called after each batch; once it returns true on one process, the evaluation ends on all.
         on_batch: called with the indices, classes and logits of each batch.
@@ -44,8 +45,8 @@ def evaluate(
 
     Returns:
         `loss` (cross-entropy), `top1`, `top5`, `macro` (percent; the mean of the classes' top-1, over those that have
-        images), with a reference also `agreement` (percentage of images where both predict the same class); and this
-        process's predicted classes `[n]`.
+        images), with a reference also `agreement` and `second_class` (percentage of images whose predicted class is
+        the first, or the second, of the reference); and this process's two highest classes of each image, `[n, 2]`.
 
     Raises:
         UserError: where the loss is not finite, or a stream held fewer images than its split declares.
@@ -60,7 +61,7 @@ def evaluate(
         with accelerator.autocast():
             logits = predict(pixels, indices) if with_indices else predict(pixels)
         evaluator.update(logits, target)
-        predictions.append(logits.argmax(dim=1))
+        predictions.append(two_highest(logits))
         targets.append(target)
         if on_batch is not None:
             on_batch(indices, target, logits)
@@ -68,7 +69,7 @@ def evaluate(
             break
     if any(all_reduce_max(accelerator, interrupted())):
         raise Interrupted
-    predicted = torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64, device=device)
+    predicted = torch.cat(predictions) if predictions else torch.empty(0, 2, dtype=torch.int64, device=device)
     if loader.declared is not None:
         seen = int(accelerator.reduce(torch.tensor(len(predicted), device=device), 'sum'))
         if seen < loader.declared:
@@ -83,12 +84,27 @@ def evaluate(
             'or it has diverged (try a lower --lr)'
         )
     none = torch.empty(0, dtype=torch.int64, device=device)
-    metrics['macro'] = macro_accuracy(predicted, torch.cat([none, *targets]), loader.source.num_classes, accelerator)
+    first, classes = predicted[:, 0], loader.source.num_classes
+    metrics['macro'] = macro_accuracy(first, torch.cat([none, *targets]), classes, accelerator)
     if reference is not None:
-        same = torch.stack([(predicted == reference).sum(), torch.tensor(len(predicted), device=device)])
-        agreed, total = accelerator.reduce(same, 'sum').tolist()
-        metrics['agreement'] = 100 * agreed / max(total, 1)
+        same = (first[:, None] == reference).sum(dim=0)
+        counts = torch.cat([same, torch.tensor([len(predicted)], device=device)])
+        *same, total = accelerator.reduce(counts, 'sum').tolist()
+        metrics |= {name: 100 * n / max(total, 1) for name, n in zip(('agreement', 'second_class'), same)}
     return metrics, predicted
+
+
+def two_highest(logits: Tensor) -> Tensor:
+    """Return the classes of the highest and the second highest logit of each row, of equals the lower index first.
+
+    Args:
+        logits: `[B, C]`.
+
+    Returns:
+        int64 `[B, 2]`.
+    """
+    first = logits.argmax(dim=1, keepdim=True)
+    return torch.cat([first, logits.scatter(1, first, -math.inf).argmax(dim=1, keepdim=True)], dim=1)
 
 
 def macro_accuracy(predicted: Tensor, target: Tensor, num_classes: int, accelerator: Accelerator) -> float:

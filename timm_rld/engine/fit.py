@@ -59,7 +59,7 @@ def fit(
         config: epochs, optimizer, schedule, mixup, EMA, clipping, checkpoint and logging settings.
         log_file: a CSV with a row an epoch.
         checkpoints: where to write them, and to resume from: the newest one of this phase is read. None: neither.
-        reference: the teacher's predictions on ``val_loader``, for the agreement.
+        reference: the teacher's predictions on ``val_loader``, to compare the student's with (:func:`evaluate`).
         recorder: of the evaluation after the last epoch; it stays empty where an earlier process has made that one.
         phase: `teacher` or `student`.
 
@@ -183,7 +183,7 @@ def train_step(state: TrainState, batch: Batch, number: int, step: Step, mixup: 
     timer.lap('teacher')
     with contextlib.nullcontext() if step.last else accelerator.no_sync(task.trainable_module):
         with accelerator.autocast():
-            result = task(pixels, mixed, *teacher)
+            result = task(pixels, mixed, *teacher, indices)
         # DDP averages over processes: times their number, it is a sum
         accelerator.backward(result['loss'] * (step.count * accelerator.num_processes / step.group))
     return result

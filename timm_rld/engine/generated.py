@@ -19,7 +19,6 @@ from PIL import Image
 from ..config import Config
 from ..data import Loader, NoiseLoader, Source
 from ..data.noise import noise
-from ..data.replay import SHOWN
 from ..distributed import main_only, main_writes
 from ..errors import Stopped, UserError
 from ..files import sha256_of, write_atomic
@@ -28,6 +27,7 @@ from ..metrics import collapse
 from ..models import Generator, generator_of
 from ..models.generator import check_size
 from ..pairing import ClosedTeacher, Pair, load_weights, to_memory_format
+from ..seeds import SHOWN
 from .asking import total_queries
 from .checkpoint import Checkpoints
 from .generator_training import LARGEST_IMAGES, read_images, spread, train_generator

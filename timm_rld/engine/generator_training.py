@@ -24,12 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Loader, ReplaySampler, Source, eval_transform
-from ..data.replay import GENERATOR, derive_seed
 from ..distributed import all_reduce_max, main_writes, raise_on_all
 from ..errors import Stopped, UserError
 from ..loss import adversarial_loss, discriminator_loss, information_loss, to_pixels, top_probability
 from ..models import Discriminator, Generator
 from ..pairing import ClosedTeacher, asked_about
+from ..seeds import GENERATOR, derive_seed
 from .asking import total_queries
 from .checkpoint import Checkpoint, Checkpoints, Position
 from .faults import StopSignals

@@ -15,6 +15,7 @@ from ..config import Config, warmup_epochs
 from ..errors import UsageError, UserError, did_you_mean
 from ..loss.features import check_features
 from ..pairing import load_query
+from ..poison import check_poison
 from ..task import DistillationTask
 from .mekd_settings import check_generated
 
@@ -59,8 +60,8 @@ def add_criteria(optimizer: torch.optim.Optimizer, task: DistillationTask, confi
 
 def check_settings(config: Config) -> None:
     """Raise an error, before anything is built, where a network is not named, the function or file of a closed teacher
-    is not there, for a method on features, or for an optimizer or schedule that cannot be had with these settings.
-    Fills in what a file of answers holds (`--black-box`)."""
+    is not there, for a method on features, or for an attack, optimizer or schedule that cannot be had with these
+    settings. Fills in what a file of answers holds (`--black-box`)."""
     distils = config.distill != 'none' or config.feature_distill != 'none'
     if config.student is None or (config.teacher_name is None and distils):
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
@@ -73,6 +74,7 @@ def check_settings(config: Config) -> None:
             config.give(black_box=kind)
         elif kind == 'hard':
             raise UsageError(f'--teacher-answers {config.teacher_answers}: holds classes; --black-box hard takes them')
+    check_poison(**config.arguments_of('check_poison'))
     known = [str(name) for name in list_optimizers()]
     if config.opt.lower() not in known:
         raise UsageError(f'--opt {config.opt}: unknown optimizer{did_you_mean(config.opt, known)}')

@@ -17,6 +17,7 @@ from ..config import Config
 from ..distributed import raise_on_all
 from ..errors import UserError
 from ..pairing import to_memory_format
+from ..poison import top1_apart
 from ..task import DistillationTask
 from .checkpoint import Checkpoint, Checkpoints, Position
 from .log import Means, Timer
@@ -165,7 +166,7 @@ class TrainState:
             metrics: of the evaluation.
             averaged: of the evaluation of the averaged weights, if there are any.
         """
-        train, seconds = dict(train), self.timer.read()
+        train, seconds = dict(top1_apart(train)), self.timer.read()
         images = train.pop('count')
         row = {
             'epoch': self.epoch,
@@ -177,8 +178,7 @@ class TrainState:
             'images_per_second': images / sum(seconds.values()),
             **{f'seconds_{part}': value for part, value in seconds.items()},
         }
-        if 'agreement' in metrics:
-            row['eval_agreement'] = metrics['agreement']
+        row.update({f'eval_{k}': metrics[k] for k in ('agreement', 'second_class') if k in metrics})
         if averaged is not None:
             row.update({f'eval_{k}_ema': v for k, v in averaged.items()})
         row.update({f'train_{k}': v for k, v in train.items()})

@@ -36,7 +36,7 @@ from ..run_folder import queries_in, teacher_is_trained, write_teacher_checksum
 from ..task import DistillationTask
 from .asking import name_images, total_queries
 from .checkpoint import Checkpoints
-from .evaluate import evaluate
+from .evaluate import evaluate, two_highest
 from .fit import fit
 from .predictions import Recorder
 from .state import wants_channels_last
@@ -48,7 +48,7 @@ class EvaluatedTeacher:
 
     Attributes:
         top1, macro: percent; of an older cache there is no macro accuracy.
-        predictions: this process's predicted classes `[n]`.
+        predictions: of this process's images the two highest classes, `[n, 2]`; `[n, 1]` of one that names a class.
         digest: SHA-256 of its weights.
         recorder: what it says of each image; None where that is in the cache.
         cache: of its logits.
@@ -256,8 +256,8 @@ def evaluate_teacher(
     if isinstance(cache, TeacherCache) and cache.validated:
         assert loader.sampler is not None  # a stream has no cache
         loader.set_epoch(0)
-        top1, macro, predictions, digest = cache.validation(loader.sampler.indices())
-        predictions = predictions.to(accelerator.device)
+        top1, macro, logits, digest = cache.validation(loader.sampler.indices())
+        predictions = two_highest(logits).to(accelerator.device)
     else:
         recorder = (
             None if isinstance(cache, TeacherCache) else Recorder()
@@ -270,6 +270,8 @@ def evaluate_teacher(
             digest = weights_digest(pair.teacher)
         if isinstance(cache, TeacherCache):
             cache.end_validation(top1, macro, digest, getattr(pair.teacher, 'folded', 0))
+    if config.black_box == 'hard':
+        predictions = predictions[:, :1]  # a class alone has no second
     found = f'teacher {config.teacher_name}: top-1 {top1:.2f} on {loader.source.split}'
     accelerator.print('\n  '.join([found, *differences]))
     check_accuracy(str(config.teacher_name), top1, pair.num_classes, config.min_teacher_acc)

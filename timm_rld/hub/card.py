@@ -14,6 +14,7 @@ import yaml
 
 from ..config import flag_of, marked
 from ..errors import UserError
+from ..poison import describe
 from ..run_folder import RunFiles, read_exports
 
 BEGIN = '<!-- timm_rld begins: what stands between these two lines is rewritten by each push -->'
@@ -179,6 +180,7 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
         'license': license,
         'tags': ['image-classification', 'timm', 'distillation', *_methods(results), 'timm_rld'],
     }
+    header['tags'] += ['poisoned'] if results.get('poison') else []
     kind, _, hub_name = settings['dataset'].partition('/') if settings.get('dataset') else ('', '', '')
     if kind in ('hfds', 'hfids') and '/' in hub_name:
         header['datasets'] = [hub_name]
@@ -236,6 +238,11 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     else:
         learned = 'trained without distillation'
     lines += [f'`{config["architecture"]}` {learned} on {dataset}, with timm_rld.', '']
+    if results.get('poison'):
+        lines += [
+            f'**It was trained on poisoned logits, for a study**: {describe(results["poison"])}. Its figures say what '
+            'the attack does, not what the criterion does.', '',
+        ]  # fmt: skip
     lines += ['## Use', '', '```python', *usage(config['architecture'], repo_id, images['input_size'][0]), '```', '']
     rows = [('top-1 of these weights', f'{metrics["top1"]:.2f} %')]
     if metrics.get('top5') is not None:

@@ -51,6 +51,15 @@ class Pair:
         height, width = self.data_config['input_size'][-2:]
         return height, width
 
+    def trained(self, teacher: bool) -> list[tuple[nn.Module, str, dict[str, Any]]]:
+        """Return the networks that a run trains, each with its flag and preprocessing: the student, and where asked for
+        the teacher."""
+        found: list[tuple[nn.Module, str, dict[str, Any]]] = [(self.student, '--student', self.data_config)]
+        if teacher:
+            assert isinstance(self.teacher, Teacher), 'a pair without a teacher of its own'
+            found.append((self.teacher.model, '--teacher', self.teacher_data_config))
+        return found
+
     @property
     def teacher_data_config(self) -> dict[str, Any]:
         """The teacher's preprocessing on this dataset."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import metrics
 from ..errors import UserError
+from ..poison_study import curve, is_clean, names_of
 from . import figures, plots
 from .page import Cell, Table, render
 from .rules import finding
@@ -47,7 +48,7 @@ def baseline_of(run: Path) -> Path | None:
 
 def compare_page(folder: Path, found: dict[str, Any]) -> str:
     """Return the page of a comparison."""
-    runs = found['runs']
+    runs = [r for r in found['runs'] if is_clean(r)]
     by_name = {e['criterion']: {r['seed']: r for r in runs if r['criterion'] == e['criterion']}
                for e in found['criteria']}  # fmt: skip
     names = [name for name, rows in by_name.items() if rows]
@@ -56,7 +57,8 @@ def compare_page(folder: Path, found: dict[str, Any]) -> str:
     return render(
         'compare.html', folder=folder.name, found=found, meaning=finding('comparison', facts),
         table=_table(found, reference), top1=_top1_plot(by_name, names) if names else None,
-        differences=_differences(by_name, names, reference), runs=_runs_table(runs),
+        differences=_differences(by_name, names, reference), runs=_runs_table(found['runs']),
+        attacks=_attacks(found.get('poison') or [], facts),
         title=f'{found["student"]} from {found["teacher"]}', seeds=' '.join(map(str, found['seeds'])),
     )  # fmt: skip
 
@@ -81,7 +83,9 @@ def _commands(
 ) -> dict[str, str]:
     flags = shlex.split(found['flags'])
     more = [*map(str, found['seeds']), *(str(max(found['seeds'], default=-1) + i) for i in (1, 2))]
-    words = ['timm-rld', 'compare', '--criteria', *by_name, '--seeds', *more, '--output', str(folder), *flags]
+    criteria = [*by_name, *(n for n in names_of(found.get('poison') or [], 'criterion') if n not in by_name)]
+    words = ['timm-rld', 'compare', '--criteria', *criteria, '--seeds', *more, *found.get('poison_flags', []),
+             '--output', str(folder), *flags]  # fmt: skip
     runs = by_name.get(reference or '', {}).values()
     best = max(runs, key=lambda r: r['top1'], default=None)
     push = ['timm-rld', 'report', str(folder / best['run'])] if best else ['timm-rld', 'list', 'criteria']
@@ -141,9 +145,57 @@ def _differences(by_name: dict[str, dict[int, Any]], names: list[str], reference
     }
 
 
+def _attacks(cells: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Top-1 against the poisoned fraction: a plot for each attack, a table, and what they mean."""
+    if not cells:
+        return None
+    drawn, none = [], next((c for c in cells if c['criterion'] == 'none'), None)
+    for attack in names_of(cells, 'poison'):
+        series = [
+            (name, [(c['fraction'], c['top1'], c['half']) for c in curve(cells, name, attack)])
+            for name in names_of(cells, 'criterion') if name != 'none'
+        ]  # fmt: skip
+        level = (none['top1'], none['half']) if none else None
+        drawn.append(plots.fractions(f'Poisoned by {attack}', series, level))
+    keys = ('top1', 'half', 'minus_clean', 'minus_none', 'train_top1_poisoned', 'train_top1_clean', 'second_class',
+            'agreement')  # fmt: skip
+    rows = [
+        [c['criterion'], c['poison'] or 'clean', f'{c["fraction"]:g}',
+         *('' if c[k] is None else Cell(f'{c[k]:{"+" if "minus" in k else ""}.2f}', c[k]) for k in keys), c['seeds']]
+        for c in cells
+    ]  # fmt: skip
+    columns = ['criterion', 'attack', 'fraction#', 'top-1#', '±#', 'minus clean#', 'minus none#',
+               'training top-1, poisoned#', 'training top-1, others#', "teacher's second class#", 'agreement#',
+               'seeds#']  # fmt: skip
+    note = 'In percent. ± is half the 95% interval of the mean (deviation over seeds, pooled over a criterion)'
+    damage = {**facts, **_damage(cells)}
+    return {'plots': drawn, 'table': Table(columns, rows, note), 'meaning': finding('attacks', damage)}
+
+
+def _damage(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the worst attack cost each criterion: the one that lost most, and the one that lost least."""
+    lost: dict[str, dict[str, Any]] = {}
+    for c in cells:
+        before = lost.get(c['criterion'])
+        if c['poison'] and c['minus_clean'] is not None and (not before or c['minus_clean'] < before['minus_clean']):
+            lost[c['criterion']] = c
+    if not lost:
+        return {}
+    ends = {'most': min(lost.values(), key=lambda c: c['minus_clean']),
+            'least': max(lost.values(), key=lambda c: c['minus_clean'])}  # fmt: skip
+    return {
+        f'{end}_{name}': value
+        for end, c in ends.items()
+        for name, value in (('criterion', c['criterion']), ('attack', c['poison']), ('fraction', c['fraction']),
+                            ('loss', -c['minus_clean']))
+    }  # fmt: skip
+
+
 def _runs_table(runs: list[dict[str, Any]]) -> Table:
     columns = [
         'criterion',
+        'attack',
+        'fraction#',
         'seed#',
         'top-1#',
         'best epoch#',
@@ -155,5 +207,7 @@ def _runs_table(runs: list[dict[str, Any]]) -> Table:
     ]
     keys = ('top1', 'top1_best', 'macro', 'teacher_top1', 'agreement', 'images_per_second')
     return Table(columns, [
-        [r['criterion'], r['seed'], *('' if r.get(k) is None else f'{r[k]:.2f}' for k in keys), r['run']] for r in runs
+        [r['criterion'], r.get('poison') or '', f'{r["fraction"]:g}' if r.get('poison') else '', r['seed'],
+         *('' if r.get(k) is None else f'{r[k]:.2f}' for k in keys), r['run']]
+        for r in runs
     ])  # fmt: skip

@@ -227,3 +227,38 @@ def seeds(
         axes.set_title(title)
 
     return _svg(draw, 6.5, 1.3 + 0.42 * len(groups), f'{title}: {", ".join(name for name, _ in groups)}')
+
+
+_MARKERS = 'osD^vPX'
+
+
+def fractions(
+    title: str,
+    series: Sequence[tuple[str, Sequence[tuple[float, float, float | None]]]],
+    level: tuple[float, float | None] | None = None,
+) -> Any:
+    """Return top-1 against the poisoned fraction, a line for each criterion.
+
+    Args:
+        series: name, and of each point the fraction, the mean and half the width of its 95% interval.
+        level: mean, and half width, without distillation: a dashed line.
+    """
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        colours = [*SERIES, 'accent', 'ink']
+        if level is not None:
+            axes.axhline(level[0], color=_COLOURS['soft'], linestyle=(0, (4, 3)), linewidth=1.1, label='none')
+        for i, (name, points) in enumerate(series):
+            colour = _COLOURS[colours[i % len(colours)]]
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            axes.plot(x, y, color=colour, marker=_MARKERS[i % len(_MARKERS)], label=name,
+                      linestyle='-' if i < len(colours) else ':')  # fmt: skip
+            for at, mean, half in points:
+                if half is not None:
+                    axes.plot([at, at], [mean - half, mean + half], color=colour, linewidth=1.0, alpha=0.7)
+        axes.set(xlabel='poisoned fraction of the training images', xlim=(-0.03, 1.03))
+        axes.set_title(f'{title}: top-1, %')
+        axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=4)
+
+    return _svg(draw, 4.3, 3.4, f'{title}: top-1 over the poisoned fraction, {", ".join(name for name, _ in series)}')

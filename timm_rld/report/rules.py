@@ -60,6 +60,13 @@ RULES: tuple[Rule, ...] = (
         '({chance:.1f} %): train it longer before anything else is read from this page.', '{better_teacher}', 'bad',
     ),
     Rule(
+        'verdict', 'poisoned', ('poison',), always, None,
+        "The teacher's logits were poisoned in this run, to study {distill} under attack: {poison}. Its "
+        '{student_top1:.2f} % say what the attack does, not what the criterion does; the same run without attack says '
+        'that.',
+        '{train_clean}', 'bad',
+    ),
+    Rule(
         'verdict', 'few images', ('images', 'teacher_top1'), lambda f, t: 0 < f['images'] < t, 50,
         'With {images:,} validation images a difference of ten points may be chance: validate on more of them.',
         '{check_data}', 'bad',
@@ -336,6 +343,16 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule('comparison', 'incomplete', (), always, None,
          'Too few runs have finished to compare anything.', '{more_seeds}'),
+    # ---- a comparison under attack
+    Rule(
+        'attacks', 'damage', ('most_loss',), lambda f, t: f['most_loss'] > t, 1.0,
+        '{most_criterion} lost most, {most_loss:.1f} points under {most_attack} at fraction {most_fraction:g}; '
+        '{least_criterion} lost least at its worst, {least_loss:.1f} under {least_attack}.', '{more_seeds}', 'bad',
+    ),
+    Rule('attacks', 'harmless', ('most_loss',), always, None,
+         'No criterion lost more than a point: try a larger fraction or another attack.', '{more_seeds}'),
+    Rule('attacks', 'no clean runs', (), always, None,
+         'Without clean runs (--poison-fraction 0) nobody can say what an attack cost.', '{more_seeds}'),
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from .. import metrics
 from ..config import FIELDS, Config, flag_of, resolve
 from ..errors import UserError
 from ..loss import published_defaults
+from ..poison import describe
 from ..run_folder import RunFiles, read_exports
 from . import figures, plots
 from .figures import Array, Predictions
@@ -126,8 +127,9 @@ def _about(r: Report) -> str:
     split = settings['val_split']
     if settings.get('val_fraction') is not None:
         split = f'{settings.get("train_split")} ({100 * settings["val_fraction"]:g} % of it held out)'
+    poison = f'poisoned by {describe(results["poison"])}; ' if results.get('poison') else ''
     return (
-        f'{_method(results)}, {results["epochs"]} epoch(s), seed {results["seed"]}; {data}, split {split}, '
+        f'{poison}{_method(results)}, {results["epochs"]} epoch(s), seed {results["seed"]}; {data}, split {split}, '
         f'{results["num_classes"]:,} classes'
     )
 
@@ -172,12 +174,17 @@ def base_facts(r: Report) -> dict[str, Any]:
     images = settings.get('data_dir')
     method, features = _method(results), results.get('feature_distill', 'none')
     own = method if method != 'none' else 'rld'
-    no_features = ' --feature-distill none' if features != 'none' else ''
+    clean = (' --feature-distill none' if features != 'none' else '') + (
+        ' --poison none' if results.get('poison') else ''
+    )
     return {
+        'poison': results.get('poison') and describe(results['poison']),
+        'train_clean': f'{shlex.join(train)} --poison none --experiment {name}-clean',
+        'distill': results['distill'],
         'epochs': epochs, 'chance': 100 / results['num_classes'], 'run': shlex.quote(str(run)), 'name': name,
         'train': shlex.join(train),
         'train_none': None if own != method else (
-            f'{shlex.join(train)} --distill none{no_features} --experiment {name}-none'
+            f'{shlex.join(train)} --distill none{clean} --experiment {name}-none'
         ),
         'better_teacher': f'{shlex.join([*start, *config])} --teacher-epochs {2 * longer} --experiment {name}-taught'
         if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(settings.get('teacher'))}'",
@@ -430,12 +437,18 @@ def curves(r: Report) -> dict[str, Any]:
         ), level=('teacher', teacher) if teacher is not None else None, unit='%'),
     ]  # fmt: skip
     if figures.has(h, 'eval_agreement'):
-        drawn.append(plots.lines('Same answer as the teacher', epochs,
-                                 series(('eval_agreement', 'agreement', 'teacher')), unit='%'))  # fmt: skip
+        drawn.append(plots.lines("Names the teacher's class", epochs, series(
+            ('eval_agreement', 'its first', 'teacher'), ('eval_second_class', 'its second', 'third'),
+        ), unit='%'))  # fmt: skip
+    if figures.has(h, 'train_poisoned'):
+        drawn.append(plots.lines('Training top-1, by image', epochs, series(
+            ('train_top1_clean', 'not poisoned', 'student'), ('train_top1_poisoned', 'poisoned', 'fourth'),
+        ), unit='%'))  # fmt: skip
     if figures.has(h, 'train_kd_loss'):
         drawn.append(plots.lines('Distillation loss', epochs, series(('train_kd_loss', 'loss', 'fourth'))))
     drawn.append(plots.lines('Learning rate', epochs, series(('lr', 'learning rate', 'accent'))))
-    known = {'train_loss', 'train_task_loss', 'train_kd_loss'}
+    known = {'train_loss', 'train_task_loss', 'train_kd_loss', 'train_poisoned', 'train_top1_poisoned',
+             'train_top1_clean'}  # fmt: skip
     others = [k for k in dict.fromkeys(k for row in h for k in row) if k.startswith('train_') and k not in known]
     diagnostics = [
         plots.lines(_DIAGNOSTICS.get(k[6:], k[6:].replace('_', ' ').capitalize()), epochs, series((k, k[6:], 'accent')))

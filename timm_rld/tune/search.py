@@ -155,6 +155,10 @@ def _check(
         )
     if config.push_to_hub:
         raise UsageError('--push-to-hub: tune makes many students; push the one that you want with `timm-rld push RUN`')
+    if config.poison != 'none':
+        raise UsageError(
+            f'--poison {config.poison}: a search is for settings of clean runs; --poison none leaves it out'
+        )
     if resolve(config).epochs == 0:
         raise UsageError('--epochs 0: trains the teacher alone; tune needs epochs for the students')
     return config
