@@ -34,7 +34,7 @@ FLOORS = {
     'run_folder': {'errors', 'files'},
     'poison': {'errors', 'seeds'},
     # 3
-    'task': {'errors', 'data', 'pairing', 'loss', 'poison'},
+    'task': {'errors', 'seeds', 'data', 'pairing', 'loss', 'poison'},
     'mekd_task': {'data', 'loss', 'task'},
     'cache': {'errors', 'files', 'distributed', 'data', 'pairing'},
     'hub': {'errors', 'offline', 'config', 'run_folder', 'poison'},
@@ -48,6 +48,7 @@ FLOORS = {
         'errors',
         'files',
         'metrics',
+        'seeds',
         'config',
         'distributed',
         'models',

@@ -347,8 +347,8 @@ class DistillationTask(TrainingTask):
     def ask_teacher(
         self, input: Tensor, target: Tensor | None = None, indices: Tensor | None = None, epoch: int | None = None
     ) -> tuple[Tensor | None, list[Tensor] | None]:
-        """Return the teacher's logits `[B, C]` for an input of :meth:`forward`, poisoned where that is asked for, and its
-        features, of one forward pass; None for what is not distilled.
+        """Return the teacher's logits `[B, C]` for an input of :meth:`forward`, poisoned where that is asked for, and
+        its features, of one forward pass; None for what is not distilled.
 
         Args:
             target, indices, epoch: with a cache or poison: classes and indices of the images, and the epoch (1-based).

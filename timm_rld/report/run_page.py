@@ -174,9 +174,8 @@ def base_facts(r: Report) -> dict[str, Any]:
     images = settings.get('data_dir')
     method, features = _method(results), results.get('feature_distill', 'none')
     own = method if method != 'none' else 'rld'
-    clean = (' --feature-distill none' if features != 'none' else '') + (
-        ' --poison none' if results.get('poison') else ''
-    )
+    clean = ' --feature-distill none' if features != 'none' else ''
+    clean += ' --poison none' if results.get('poison') else ''
     return {
         'poison': results.get('poison') and describe(results['poison']),
         'train_clean': f'{shlex.join(train)} --poison none --experiment {name}-clean',
