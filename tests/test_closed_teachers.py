@@ -269,6 +269,14 @@ def test_the_student_is_the_same_however_many_batches_are_asked_about_at_once(ar
     assert teacher['answers'] == 'soft' and teacher['top1'] == 100 and 'parameters' not in teacher
 
 
+@pytest.mark.slow
+def test_mixed_images_are_asked_about_as_they_are_trained_on(argv, tmp_path):
+    for name in ('0', '2'):
+        mixed = ['--mixup', '0.4', '--cutmix', '1', '--epochs', '1']
+        assert main([*argv, *mixed, '--query-workers', name, '--experiment', name]) == 0
+    assert student(tmp_path / '0') == student(tmp_path / '2')
+
+
 def test_the_budget_ends_a_run_before_the_step_that_would_pass_it_and_a_larger_one_resumes(argv, tmp_path, capsys):
     assert main([*argv, '--experiment', 'whole']) == 0
     total = images_asked(tmp_path / 'asked')

@@ -207,7 +207,7 @@ def test_an_error_of_all_processes_is_said_once(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'criterion',
-    [['--distill', 'rld'], ['--distill', 'ctkd'], ['--distill', 'none', '--feature-distill', 'feature']],
+    [['--distill', 'rld'], ['--distill', 'ctkd'], ['--distill', 'kd', '--feature-distill', 'feature']],
     ids=lambda c: c[-1],
 )
 def test_two_processes_train_and_evaluate_as_one(criterion, folder, trained_teacher, tmp_path):

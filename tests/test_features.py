@@ -421,3 +421,13 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_student_bit_for_bit(flags, 
     losses = [[row['train_feature_loss'] for row in csv.DictReader(text.splitlines())]
               for text in (whole[1], (run / 'summary.csv').read_text())]  # fmt: skip
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_with_a_complete_cache_a_run_asks_for_features_and_gives_the_same_student(flags, tmp_path, capsys):
+    argv = [*flags, '--distill', 'kd', '--feature-distill', 'at', '--feature-loss-weight', '10', '--epochs', '1',
+            '--teacher-cache', str(tmp_path / 'cache'), '--experiment']  # fmt: skip
+    for name in ('filled', 'read'):
+        assert train_distill.main([*argv, name]) == 0
+        assert 'the teacher is asked for its features in each step' in capsys.readouterr().out
+    filled, read = ((tmp_path / n / 'student' / 'model.safetensors').read_bytes() for n in ('filled', 'read'))
+    assert filled == read

@@ -48,7 +48,8 @@ def parse_variant(text: str, answers: str | None = None) -> Variant:
         answers: of a closed teacher, as `--black-box` has them.
 
     Raises:
-        UsageError: for an unknown criterion, method or option, and a criterion that cannot be computed from such answers.
+        UsageError: for an unknown criterion, method or option, and a criterion that cannot be computed from such
+            answers.
     """
     criterion, *features = re.split(r'\+(?=[a-z])', text)  # not that of 1e+3
     if len(features) > 1:

@@ -154,7 +154,7 @@ class Config:
         used_by='QueryTeacher:timeout', resumable=True)  # fmt: skip
     query_workers: int = setting(1, MODELS,
         'batches that --teacher-query is asked about while the steps before them train; 0: none, each step waits',
-        ge=0, used_by='asking:workers', resumable=True)  # fmt: skip
+        ge=0, used_by='QueryTeacher:workers', resumable=True)  # fmt: skip
     student_pretrained: bool = setting(False, MODELS,
         'start the student from its published weights, with a fresh head where the classes differ',
         used_by='create_student:pretrained')  # fmt: skip

@@ -31,15 +31,12 @@ _SHOWN = 8  # images that a message names
 
 
 @contextlib.contextmanager
-def asking(
-    state: TrainState, loader: Loader, mixup: Mixup, workers: int, pauses: Pauses
-) -> Iterator[Iterable[Numbered]]:
+def asking(state: TrainState, loader: Loader, mixup: Mixup, pauses: Pauses) -> Iterator[Iterable[Numbered]]:
     """Give the rest of an epoch's batches, with their numbers. A teacher behind a function (:class:`QueryTeacher`) is
-    asked about each before it is given, and about those that follow while it trains: in the same order and with the
-    same answers, however many there are at once.
+    asked about each before it is given, and about those that follow while it trains (as many as its ``workers``): in
+    the same order and with the same answers, however many there are at once.
 
     Args:
-        workers: batches that are asked about at once; 0: each when its turn comes.
         pauses: where the budget is spent or no answer comes, it writes a checkpoint and ends the run.
 
     Raises:
@@ -55,10 +52,10 @@ def asking(
     if not isinstance(teacher, QueryTeacher):
         yield _within(budget, groups, pauses)
         return
-    ahead = Ahead(teacher, state, loader.source, mixup, max(workers, 1))
+    ahead = Ahead(teacher, state, loader.source, mixup)
     state.task.cache = ahead
     try:
-        yield _answered(ahead, budget, groups, workers, pauses)
+        yield _answered(ahead, budget, groups, pauses)
     finally:
         state.task.cache = ahead.cache
         ahead.close()
@@ -109,9 +106,7 @@ def _within(budget: Budget, groups: Iterator[list[Numbered]], pauses: Pauses) ->
         yield from group
 
 
-def _answered(
-    ahead: Ahead, budget: Budget, groups: Iterator[list[Numbered]], workers: int, pauses: Pauses
-) -> Iterator[Numbered]:
+def _answered(ahead: Ahead, budget: Budget, groups: Iterator[list[Numbered]], pauses: Pauses) -> Iterator[Numbered]:
     """Give the batches of each group once all its answers are there; those of the next are asked for by then."""
     asked: deque[list[Numbered]] = deque()
 
@@ -129,7 +124,7 @@ def _answered(
         ahead.state.timer.lap('data')
         ahead.wait(group, pauses)
         ahead.state.timer.lap('teacher')
-        while sum(map(len, asked)) < workers and ask_next():
+        while sum(map(len, asked)) < ahead.teacher.workers and ask_next():
             pass
         yield from group
     if budget.spent:
@@ -144,18 +139,17 @@ class Ahead:
 
     Args:
         source: of the images, whose names messages show.
-        workers: threads.
     """
 
-    def __init__(self, teacher: QueryTeacher, state: TrainState, source: Source, mixup: Mixup, workers: int) -> None:
+    def __init__(self, teacher: QueryTeacher, state: TrainState, source: Source, mixup: Mixup) -> None:
         self.teacher, self.state, self.source, self.mixup = teacher, state, source, mixup
         self.cache: Any = state.task.cache
         self.futures: dict[int, Future[Tensor]] = {}
         self.ready: deque[Tensor] = deque()
         self.jobs: queue.SimpleQueue[tuple[Future[Tensor], Callable[[], Tensor]] | None] = queue.SimpleQueue()
-        self.threads = workers
+        self.threads = max(teacher.workers, 1)
         teacher.stopping.clear()
-        for _ in range(workers):
+        for _ in range(self.threads):
             threading.Thread(target=self._work, daemon=True, name='ask').start()
 
     def _work(self) -> None:

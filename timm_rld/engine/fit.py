@@ -123,7 +123,7 @@ def train_epoch(
     augmentation_epoch = (epoch - 1) % (config.teacher_cache_views or config.epochs) + 1
     loader.set_epoch(epoch, state.batch, augmentation_epoch)
     timer.start()
-    with asking(state, loader, mixup, config.query_workers, pauses) as numbered:
+    with asking(state, loader, mixup, pauses) as numbered:
         for number, batch in numbered:
             timer.lap('data')
             step = loader.step(number)

@@ -135,7 +135,7 @@ def evaluation_settings(
             f'--teacher {teacher}: the teacher of {opened.name} can only be asked, and is not asked for an evaluation; '
             'its answers for the validation images are in predictions.parquet of the run'
         )
-    closed = taken_by('load_query', 'QueryTeacher', 'AnswersFile', 'asking')
+    closed = taken_by('load_query', 'QueryTeacher', 'AnswersFile')
     config = resolve(dataclasses.replace(base, **Config().pick(*closed)))  # a network is evaluated as it is
     config.teacher = teacher and model_name(teacher, '--teacher')
     config.teacher_pretrained = True

@@ -211,6 +211,7 @@ class QueryTeacher(ClosedTeacher):
         retries: how often a call that fails is repeated, after 1, 2, 4, … seconds.
         timeout: seconds that a call may take; 0: any time.
         limit: see :class:`Queries`.
+        workers: batches that :func:`timm_rld.engine.fit` asks about while the steps before them train; 0: none.
         log: prints a line about each call that failed.
 
     Example:
@@ -231,10 +232,12 @@ class QueryTeacher(ClosedTeacher):
         retries: int = 3,
         timeout: float = 60.0,
         limit: int | None = None,
+        workers: int = 1,
         log: Callable[[str], object] = print,
     ) -> None:
         super().__init__(self._answer, answers, name, limit)
         self.num_classes, self.retries, self.timeout, self.log = num_classes, retries, timeout, log
+        self.workers = workers
         self._query = lambda images: query(images)  # a module would become a part of this one
         self.stopping = threading.Event()  # once it is set no call is repeated
 

@@ -180,12 +180,12 @@ def base_facts(r: Report) -> dict[str, Any]:
             f'{shlex.join(train)} --distill none{no_features} --experiment {name}-none'
         ),
         'better_teacher': f'{shlex.join([*start, *config])} --teacher-epochs {2 * longer} --experiment {name}-taught'
-        if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(results.get('teacher'))}'",
+        if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(settings.get('teacher'))}'",
         'report_baseline': shlex.join(['timm-rld', 'report', 'RUN', '--baseline', str(run)]),
         'compare': comparison('none', own) if results.get('teacher') else another_seed(),
         'compare_kd': comparison('kd', 'rld'),
         'compare_dkd': comparison(own, 'dkd' if own != 'dkd' else 'rld'), 'twice_epochs': 2 * epochs,
-        'teacher_family': _family(results.get('teacher')), 'student_family': _family(results.get('student')),
+        'teacher_family': _family(settings.get('teacher')), 'student_family': _family(results.get('student')),
         'again': shlex.join([*start, *config, '--experiment', f'{run.name}-again']),
         'with_augmentation': shlex.join(['accelerate', 'launch', *(w for w in words if w != '--no-aug'),
                                          '--experiment', f'{run.name}-augmented']),
