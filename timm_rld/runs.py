@@ -78,7 +78,7 @@ def _flags_of(text: str, part: str, choice: str) -> list[str]:
     name, _, rest = part.partition(':')
     options, flags = [], [flag_of(choice), name]
     own = marked('belongs_to', choice)
-    (kwargs,) = (name for name in own if name.endswith('_kwargs'))
+    kwargs = next(name for name in own if name.endswith('_kwargs'))
     for item in filter(None, re.split(r',(?![^\[]*\])', rest)):  # not within a list
         key, sep, value = item.partition('=')
         if not sep:

@@ -65,11 +65,7 @@ def open_splits(
     """
     if dataset is None and data_dir is None and labels is None:
         log(SAMPLE_NOTE)
-    if val_fraction is not None and val_split is not None:
-        raise UserError(
-            f'--val-fraction {val_fraction:g} with --val-split {val_split}: the validation images are a part of the '
-            'training split, or a split of their own; leave one of the two out'
-        )
+    _check_one_of(val_fraction, val_split)
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     keys = (kwargs.get('input_key'), kwargs.get('target_key'))
     table = None if labels is None else read_table(labels, data_dir, *keys)
@@ -105,6 +101,14 @@ def open_splits(
     if note := classes_without_images(train):
         log(note)
     return train, val
+
+
+def _check_one_of(val_fraction: float | None, val_split: str | None) -> None:
+    if val_fraction is not None and val_split is not None:
+        raise UserError(
+            f'--val-fraction {val_fraction:g} with --val-split {val_split}: the validation images are a part of the '
+            'training split, or a split of their own; leave one of the two out'
+        )
 
 
 def open_validation(

@@ -185,24 +185,13 @@ def train_generator(
     progress = _Progress(state, settings.epochs, len(order))
     if accelerator.device.type == 'cuda':
         images = images.to(accelerator.device)
-
-    def stop(why: str, code: int, batch: int | None, more: str = '') -> NoReturn:
-        if batch is not None and checkpoints is not None:
-            state.save(checkpoints, batch)
-        continues = f'accelerate launch train_distill.py --resume {folder}{more} continues'
-        raise Stopped(f'{why} in epoch {state.epoch} of the {PHASE}; {continues}', code)
-
-    def end_where_asked_to(batch: int | None) -> None:
-        if number := all_reduce_max(accelerator, signals.received)[0]:
-            stop(f'stopped by {signal.Signals(number).name}', 128 + number, batch)
-
     with StopSignals() as signals:
+        ends = _Ends(state, folder, checkpoints, signals)
         while state.epoch <= settings.epochs:
             order.set_epoch(state.epoch, state.batch)
             for keys in order:
                 if not ask.allows(len(keys)):
-                    stop('--max-queries: too few are left for the next step; stopped', 1, state.batch,
-                         ' --max-queries N')  # fmt: skip
+                    ends.out_of_queries()
                 started = time.perf_counter()
                 real = images[[index for _, index in keys]].to(accelerator.device).float() / 127.5 - 1
                 step_seed = derive_seed(GENERATOR, seed, state.epoch, state.batch) & 0x7FFFFFFFFFFFFFFF
@@ -211,20 +200,15 @@ def train_generator(
                 state.seconds += time.perf_counter() - started
                 progress.step()
                 if state.batch < len(order):
-                    end_where_asked_to(state.batch)
+                    ends.where_asked_to(state.batch)
             row = state.summary_row()
-            if not all(map(math.isfinite, row.values())):
-                raise UserError(
-                    f'a loss of the generator is not finite in epoch {state.epoch} of phase 1; '
-                    'try a lower --generator-kwargs lr'
-                )
             state.history.append(row)
             progress.end_epoch(row)
             accelerator.log({f'{PHASE}/{k}': v for k, v in row.items()}, step=state.epoch)
             main_writes(accelerator, folder, write_rows, folder / f'{PHASE}.csv', state.history)
             if checkpoints is not None:
                 state.save(checkpoints, None)
-            end_where_asked_to(None)
+            ends.where_asked_to(None)
             state.epoch, state.batch = state.epoch + 1, 0
             state.start_epoch()
     if accelerator.num_processes > 1:  # on GPUs the last bits may differ
@@ -232,6 +216,32 @@ def train_generator(
             torch.distributed.broadcast(tensor, 0)
     accelerator.free_memory()
     return state.generator.eval(), state.history
+
+
+class _Ends:
+    """Where phase 1 stops before its end."""
+
+    def __init__(
+        self, state: GeneratorState, folder: Path, checkpoints: Checkpoints | None, signals: StopSignals
+    ) -> None:
+        self.state, self.folder, self.checkpoints, self.signals = state, folder, checkpoints, signals
+
+    def where_asked_to(self, batch: int | None) -> None:
+        """End the run where a process has received a signal; ``batch`` as of :meth:`GeneratorState.save`, None: a
+        checkpoint is there."""
+        if number := all_reduce_max(self.state.accelerator, self.signals.received)[0]:
+            self._end(f'stopped by {signal.Signals(number).name}', 128 + number, batch)
+
+    def out_of_queries(self) -> NoReturn:
+        """Before a step that a closed teacher may not be asked about any more."""
+        why = '--max-queries: too few are left for the next step; stopped'
+        self._end(why, 1, self.state.batch, ' --max-queries N')
+
+    def _end(self, why: str, code: int, batch: int | None, more: str = '') -> NoReturn:
+        if batch is not None and self.checkpoints is not None:
+            self.state.save(self.checkpoints, batch)
+        continues = f'accelerate launch train_distill.py --resume {self.folder}{more} continues'
+        raise Stopped(f'{why} in epoch {self.state.epoch} of the {PHASE}; {continues}', code)
 
 
 def generator_step(
