@@ -455,7 +455,8 @@ def task_with(poison: Poison | None, cache=None, criterion: str | None = 'kd') -
     return DistillationTask(networks[0], teacher, criterion, normalize=AsItIs(), cache=cache, poison=poison)
 
 
-PIXELS, TARGET, INDICES = torch.randn(8, 3, 2, 2), torch.arange(8) % 6, torch.tensor([3, 1, 19, 4, 7, 8, 11, 2])
+PIXELS = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+TARGET, INDICES = torch.arange(8) % 6, torch.tensor([3, 1, 19, 4, 7, 8, 11, 2])
 
 
 def test_the_task_poisons_what_the_teacher_says_and_what_a_cache_says_and_caches_it_clean():
@@ -502,7 +503,7 @@ def test_in_the_first_step_scd_under_fdla_is_that_without_and_mcd_is_not():
     clean = task_with(None, criterion='rld')(PIXELS, TARGET)
     task = task_with(Poison('fdla', 1.0, 20, seed=0), criterion='rld')
     out = task(PIXELS, TARGET, task.teacher_logits(PIXELS, TARGET, INDICES, 1))
-    assert out['scd'].item() == pytest.approx(clean['scd'].item(), rel=1e-6)
+    assert out['scd'].item() == pytest.approx(clean['scd'].item(), rel=1e-5)
     assert out['mcd'].item() != pytest.approx(clean['mcd'].item(), rel=1e-2)
 
 
