@@ -244,10 +244,11 @@ def test_a_setting_that_is_added_to_the_table_arrives_everywhere(tmp_path, capsy
 
 def functions() -> dict[str, object]:
     """The functions that take settings as arguments, by name."""
-    from timm_rld import cache, data, distributed, hub, loss, pairing, resume, task
+    from timm_rld import cache, data, distributed, hub, loss, pairing, poison, resume, task
+    from timm_rld.engine import generated
 
     found = {}
-    for room in (cache, data, distributed, hub, loss, pairing, resume, task):
+    for room in (generated, cache, data, distributed, hub, loss, pairing, poison, resume, task):
         found.update(vars(room))
     return found
 

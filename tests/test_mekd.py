@@ -26,7 +26,7 @@ from timm_rld.engine import check_settings
 from timm_rld.engine.checkpoint import Checkpoints
 from timm_rld.engine.generated import read_generator, write_generator
 from timm_rld.engine.generator_training import read_images, train_generator
-from timm_rld.engine.mekd_settings import GeneratorSettings
+from timm_rld.engine.mekd_settings import GeneratorSettings, generator_settings
 from timm_rld.errors import UserError
 from timm_rld.loss import choose_criterion, discriminator_loss, published_defaults
 from timm_rld.mekd_task import MEKDTask
@@ -509,7 +509,7 @@ def test_the_published_numbers_of_steps_and_epochs_are_the_defaults_of_mekd_alon
     pair = ['--teacher', 'resnet34', '--student', 'resnet18', '--data-dir', '.']
     config = resolve(parse_args([*pair, '--distill', 'mekd']), published=published_defaults)
     assert (config.steps_per_epoch, config.generator_epochs, config.task_loss_weight) == (500, 200, 0)
-    assert GeneratorSettings.of(None, {}) == GeneratorSettings(200, 64, 2e-4, 0.5, 'paper', 32)
+    assert generator_settings(None, {}) == GeneratorSettings(200, 64, 2e-4, 0.5, 'paper', 32)
     check_settings(config)
     config = resolve(parse_args([*pair, '--distill', 'kd']), published=published_defaults)
     assert config.steps_per_epoch is config.generator_epochs is None

@@ -68,9 +68,10 @@ def setting(
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
-MODELS, DISTILL, DATA, AUG, OPTIM, SCHED, RUN, CKPT, HUB, OUT = (
+MODELS, DISTILL, GENERATED, DATA, AUG, OPTIM, SCHED, RUN, CKPT, HUB, OUT = (
     'teacher and student',
     'distillation',
+    'generated images (--distill mekd)',
     'data',
     'augmentation',
     'optimizer',
@@ -217,21 +218,23 @@ class Config:
         used_by='check_poison:strength create_poison:strength', belongs_to='poison')  # fmt: skip
     smoothing: float | None = setting(None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0,
         le=0.99, used_by='DistillationTask')  # fmt: skip
-    generator: str | None = setting(None, DISTILL,
-        'mekd: a generator trained before, in place of phase 1: a run folder, its folder generator, or a file',
-        used_by='prepare_generator:given', path=True, belongs_to='distill')  # fmt: skip
-    generator_epochs: int | None = setting(None, DISTILL,
-        'mekd: epochs of phase 1, which trains the generator on the training images (default: 200)', ge=1,
-        used_by='prepare_generator:epochs', belongs_to='distill')  # fmt: skip
-    generator_kwargs: dict = setting({}, DISTILL,
-        'mekd: settings of phase 1, as name=value: batch_size=64 lr=2e-4 info_weight=0.5 info=paper img_size=32',
-        used_by='prepare_generator:options', belongs_to='distill')  # fmt: skip
-    steps_per_epoch: int | None = setting(None, DISTILL,
-        'mekd: optimizer steps of an epoch of the student, on generated images (default: 500)', ge=1,
-        used_by='prepare_generator', belongs_to='distill')  # fmt: skip
     class_weights: str | None = setting(None, DISTILL,
         "weigh the classes in the student's cross-entropy: 'auto' (by inverse frequency), or a CSV file with a class "
         'and a weight a line', used_by='class_weights:weights gather_facts:weights', path=True)  # fmt: skip
+
+    # generated images
+    generator: str | None = setting(None, GENERATED,
+        'a generator trained before, in place of phase 1: a run folder, its folder generator, or a file',
+        used_by='read_generator:path', path=True, belongs_to='distill')  # fmt: skip
+    generator_epochs: int | None = setting(None, GENERATED,
+        'epochs of phase 1, which trains the generator on the training images (default: 200)', ge=1,
+        used_by='generator_settings:epochs', belongs_to='distill')  # fmt: skip
+    generator_kwargs: dict = setting({}, GENERATED,
+        'settings of phase 1, as name=value: batch_size=64 lr=2e-4 info_weight=0.5 info=paper img_size=32',
+        used_by='generator_settings:options', belongs_to='distill')  # fmt: skip
+    steps_per_epoch: int | None = setting(None, GENERATED,
+        'optimizer steps of an epoch of the student, on generated images (default: 500)', ge=1,
+        belongs_to='distill')  # fmt: skip
 
     # data
     dataset: str | None = setting(None, DATA,

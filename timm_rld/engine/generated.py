@@ -31,7 +31,7 @@ from ..seeds import SHOWN
 from .asking import total_queries
 from .checkpoint import Checkpoints
 from .generator_training import LARGEST_IMAGES, read_images, spread, train_generator
-from .mekd_settings import GeneratorSettings
+from .mekd_settings import generator_settings
 from .state import wants_channels_last
 
 ARCHITECTURE = 'mekd_generator'
@@ -54,7 +54,7 @@ def check_data(criterion: DistillLoss | None, train: Source, config: Config) -> 
     if config.generator is not None:
         read_generator(config.generator, train.num_classes, channels)
         return
-    settings = GeneratorSettings.of(config.generator_epochs, config.generator_kwargs)
+    settings = generator_settings(**config.arguments_of('generator_settings'))
     if train.streamed:
         raise UserError(
             f'--distill {config.distill}: split {train.split!r} is read as a stream, and the generator is trained on '
@@ -230,7 +230,7 @@ def _make_generator(
         accelerator.print(f'generator of {config.generator}')
         return read_generator(config.generator, pair.num_classes, in_chans).to(accelerator.device), {}
     assert pair.teacher is not None
-    settings = GeneratorSettings.of(config.generator_epochs, config.generator_kwargs)
+    settings = generator_settings(**config.arguments_of('generator_settings'))
     source = train_loader.source
     accelerator.print(
         f'training the generator first, for {settings.epochs} epoch(s) (--generator-epochs) on {len(source):,} images '

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from ..config import FIELDS, Config, flag_of, marked, taken_by
+from ..config import FIELDS, Config, flag_of, marked
+from ..config.settings import GENERATED
 from ..errors import UsageError, did_you_mean
 from ..loss import get_criterion
 from ..models.generator import check_size
@@ -32,36 +33,34 @@ class GeneratorSettings:
     info: str = 'paper'
     img_size: int = 32
 
-    @classmethod
-    def of(cls, epochs: int | None, options: dict[str, Any]) -> GeneratorSettings:
-        """Return the settings that `--generator-epochs` and `--generator-kwargs` give.
 
-        Raises:
-            UsageError: for an unknown one, and a value out of its range.
-        """
-        flag = '--generator-kwargs'
-        known = [f.name for f in dataclasses.fields(cls) if f.name != 'epochs']
-        for name, value in options.items():
-            if name not in known:
-                raise UsageError(f"{flag}: unknown '{name}'{did_you_mean(name, known)}; it has: {', '.join(known)}")
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if name == 'info':
-                if value not in ('paper', 'coded'):
-                    raise UsageError(f'{flag} info={value}: must be paper or coded')
-            elif name in ('batch_size', 'img_size'):
-                if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-                    raise UsageError(f'{flag} {name}={value}: must be a whole number of at least 2')
-            elif not number or value < 0 or (name == 'lr' and not value):
-                raise UsageError(
-                    f'{flag} {name}={value}: must be a number {"above" if name == "lr" else "of at least"} 0'
-                )
-        return cls(**options) if epochs is None else cls(epochs=epochs, **options)
+def generator_settings(epochs: int | None, options: dict[str, Any]) -> GeneratorSettings:
+    """Return the settings that `--generator-epochs` and `--generator-kwargs` give.
+
+    Raises:
+        UsageError: for an unknown one, and a value out of its range.
+    """
+    flag = '--generator-kwargs'
+    known = [f.name for f in dataclasses.fields(GeneratorSettings) if f.name != 'epochs']
+    for name, value in options.items():
+        if name not in known:
+            raise UsageError(f"{flag}: unknown '{name}'{did_you_mean(name, known)}; it has: {', '.join(known)}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if name == 'info':
+            if value not in ('paper', 'coded'):
+                raise UsageError(f'{flag} info={value}: must be paper or coded')
+        elif name in ('batch_size', 'img_size'):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+                raise UsageError(f'{flag} {name}={value}: must be a whole number of at least 2')
+        elif not number or value < 0 or (name == 'lr' and not value):
+            raise UsageError(f'{flag} {name}={value}: must be a number {"above" if name == "lr" else "of at least"} 0')
+    return GeneratorSettings(**options) if epochs is None else GeneratorSettings(epochs=epochs, **options)
 
 
 def check_generated(config: Config) -> None:
     """Raise UsageError for settings that a run on generated images cannot have, or that only such a run has."""
     row, derived = get_criterion(config.distill), config.origin.derived
-    own = [n for n in taken_by('prepare_generator') if getattr(config, n) not in (None, {}) and n not in derived]
+    own = [n for n in marked('group', GENERATED) if getattr(config, n) not in (None, {}) and n not in derived]
     if not row.generated:
         for name in own:
             raise UsageError(
@@ -100,7 +99,7 @@ def check_generated(config: Config) -> None:
             if name in ('generator_epochs', 'generator_kwargs'):
                 raise UsageError(f'{flag_of(name)} with --generator {config.generator}: which is trained already')
         return
-    settings = GeneratorSettings.of(config.generator_epochs, config.generator_kwargs)
+    settings = generator_settings(**config.arguments_of('generator_settings'))
     if settings.img_size == 16:
         raise UsageError(
             '--generator-kwargs img_size=16: at that size the discriminator ends in a batch norm of single pixels, '

@@ -282,12 +282,8 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
             f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
             f'cross-entropy {settings["task_loss_weight"]:g}. {results.get("paper") or ""}'.rstrip(' '),
             *_features(settings),
+            *_heads(settings),
         ]
-        if settings.get('distill_token'):
-            lines.append(
-                '- Two heads: the criterion trained the distillation head, cross-entropy the main one; the model gives '
-                'their mean'
-            )
     size, command = images['input_size'], public_command(results['command'])
     lines += [
         f'- {results["epochs"]} epochs, seed {results["seed"]}, images of {size[1]}×{size[2]}; '
@@ -298,6 +294,16 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         '', '## Cite', '', _CITATIONS, '', END,
     ]  # fmt: skip
     return '\n'.join(lines)
+
+
+def _heads(settings: dict[str, Any]) -> list[str]:
+    """Return a line on the two heads of a student with `--distill-token`; none of another."""
+    if not settings.get('distill_token'):
+        return []
+    return [
+        '- Two heads: the criterion trained the distillation head, cross-entropy the main one; the model gives their '
+        'mean'
+    ]
 
 
 def size_and_speed(results: dict[str, Any]) -> list[str]:
