@@ -28,17 +28,16 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     """Train with the given settings. Returns what results.json holds, and the run folder as `run`."""
     import torch
 
-    from timm_rld import data, engine, hub, pairing, run_folder
-    from timm_rld.cache import TeacherCache
+    from timm_rld import data, engine, hub, loss, pairing, run_folder
     from timm_rld.distributed import create_accelerator, main_first, main_only, main_writes
-    from timm_rld.loss import choose_criterion, published_defaults
+    from timm_rld.mekd_task import MEKDTask
     from timm_rld.resume import open_run
-    from timm_rld.task import DistillationTask
+    from timm_rld.task import DistillationTask, create_features
 
     # ---- config
     config = resolve(config)
     engine.check_settings(config)
-    info, criterion = choose_criterion(config.distill, config.standardize, config.distill_kwargs)
+    info, criterion = loss.choose_criterion(config.distill, config.standardize, config.distill_kwargs, config.black_box)
     accelerator = create_accelerator(**config.arguments_of('create_accelerator'))
     log, is_main = accelerator.print, accelerator.is_main_process
     if config.push_to_hub:
@@ -50,9 +49,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     config.give(train_split=train_split.split, val_split=None if config.val_fraction else val_split.split)
     main_only(accelerator, lambda: data.first_look(train_split, val_split, config.on_bad_image, log))
     num_classes, class_names = train_split.num_classes, train_split.class_names
-    if criterion is not None:
-        criterion.check_classes(num_classes)
-    config = resolve(config, accelerator.num_processes, train_split.images, published_defaults)
+    engine.check_data(criterion, train_split, config)
+    config = resolve(config, accelerator.num_processes, train_split.images, loss.published_defaults)
     for line in (*describe_derived(config), *data.describe_classes(train_split)):
         log(line)
     class_weights = data.class_weights(train_split, **config.arguments_of('class_weights'))
@@ -61,20 +59,15 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     torch.manual_seed(config.seed)  # before each of the two, so that neither's start depends on the other
     of_student = {**config.arguments_of('create_student'), **pairing.check_kwargs(config.model_kwargs)}
     pair = pairing.create_student(num_classes=num_classes, **of_student)
-    train_teacher, cache = config.teacher is not None and config.teacher_epochs > 0, None
-    if config.teacher_cache and criterion is not None and config.epochs:
-        cache = TeacherCache(
-            accelerator=accelerator, train=train_split, val=val_split, data_config=pair.data_config,
-            arguments=config.with_absolute_paths().arguments_of_each('open_splits', 'create_loaders', 'create_teacher'),
-            depends_on=config.of_logits(), epochs=config.epochs, train_teacher=train_teacher,
-            **config.arguments_of('TeacherCache'),
-        )  # fmt: skip
+    train_teacher = config.teacher is not None and config.teacher_epochs > 0
+    cache = engine.open_cache(config, accelerator, train_split, val_split, pair.data_config, criterion is not None)
     torch.manual_seed(config.seed)
-    if config.teacher is not None and (cache is None or not cache.complete):
+    if config.teacher is not None and (cache is None or not cache.complete or config.feature_distill != 'none'):
         pair.teacher = pairing.create_teacher(
             num_classes=num_classes, class_names=class_names, to_train=train_teacher, image_size=pair.image_size,
             **config.arguments_of('create_teacher'),
         )  # fmt: skip
+    features = create_features(pair, log=log, **config.arguments_of('create_features'))
     trained = [(pair.student, '--student', pair.data_config)]
     trained += [(pair.teacher.model, '--teacher', pair.teacher_data_config)] if train_teacher else []
     main_only(accelerator, lambda: [hub.check_export(*network) for network in trained])
@@ -86,7 +79,9 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     )  # fmt: skip
     config.img_size, config.mixed_precision = pair.img_size, accelerator.mixed_precision
     evaluate_teacher = functools.partial(engine.evaluate_teacher, pair, val_loader, accelerator, config, cache)
-    teacher = evaluate_teacher() if config.teacher is not None and not train_teacher else engine.EvaluatedTeacher()
+    engine.open_query(pair, train_loader, accelerator, config, cache)
+    later = config.teacher is None or train_teacher or config.black_box  # a closed one: when its queries can be counted
+    teacher = engine.EvaluatedTeacher() if later else evaluate_teacher()
 
     folder = open_run(config, accelerator, train_split, val_split)
     checkpoints = engine.Checkpoints(folder / 'checkpoints', config.checkpoint_hist, log, config.best_by)
@@ -95,20 +90,22 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         train_loader.skip_bad_images(folder / 'bad_images.txt')
     accelerator.init_trackers('timm_rld', config={'command': command})
     run_on = dict(accelerator=accelerator, train_loader=train_loader, val_loader=val_loader, checkpoints=checkpoints)
-    if train_teacher:
-        teacher = evaluate_teacher(engine.train_teacher(pair, folder, config=config, class_names=class_names, **run_on))
+    weights = engine.train_teacher(pair, folder, config=config, class_names=class_names, **run_on)
+    if later and config.teacher_name:
+        teacher = evaluate_teacher(weights, folder)
 
     # ---- criterion, task → fit → export
     results = dict(
-        config.pick('teacher', 'student', 'distill', 'epochs', 'seed'), distill_options=dict(info.options),
-        num_classes=num_classes, teacher_top1=teacher.top1, teacher_macro=teacher.macro, command=command,
-        paper=info.cited, teacher_sha256=teacher.digest, versions=run_folder.versions(),
+        config.pick('student', 'distill', 'feature_distill', 'epochs', 'seed'), teacher=config.teacher_name,
+        teacher_top1=teacher.top1, distill_options=dict(info.options), num_classes=num_classes, command=command,
+        teacher_macro=teacher.macro, teacher_sha256=teacher.digest, paper=info.cited, versions=run_folder.versions(),
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:
-        task = DistillationTask(
-            pair.student, pair.teacher if criterion is not None else None, criterion, normalize=pair.normalize,
-            cache=cache, class_weights=class_weights, **config.arguments_of('DistillationTask'),
+        run_on['train_loader'] = engine.prepare_images(criterion, pair, folder, config, class_names, **run_on)
+        task = (MEKDTask if info.generated else DistillationTask)(
+            pair.student, pair.teacher if criterion or features else None, criterion, normalize=pair.normalize,
+            cache=cache, features=features, class_weights=class_weights, **config.arguments_of('DistillationTask'),
         )  # fmt: skip
         export = functools.partial(hub.export_model, data_config=pair.data_config, label_names=class_names)
         if config.push_to_hub and is_main:
@@ -117,7 +114,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
             )
         results |= run_folder.outcome(engine.fit(task, config=config, **logs, **run_on), config.best_by)
         results['student_folders'] = engine.export_students(task, folder, results, export, checkpoints, accelerator)
-    results['models'] = engine.describe_models(pair, teacher, logs['recorder'], val_loader, accelerator, config, folder)
+    results |= engine.describe_models(pair, teacher, logs['recorder'], val_loader, accelerator, config, folder)
     main_writes(accelerator, folder, run_folder.write_results, folder, results)
     accelerator.end_training()
     log(f'{folder}: {run_folder.summary_line(results)}')
@@ -132,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(['train_distill.py', *argv])
 
     def program() -> None:
-        run(parse_args(argv, epilog=lambda: f'criteria (--distill):\n{timm_rld.describe_criteria()}'), command)
+        run(parse_args(argv, epilog=lambda: timm_rld.describe_methods()), command)
 
     return run_main(program, 'train_distill.py', debug='--debug' in argv)
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> str:
     """Return the table as Markdown: the norm of each criterion's gradient, at its published options and weights, over
     that of the cross-entropy at its own, as means over rows of logits."""
     for name in args.criteria:
-        if name not in CRITERIA or CRITERIA[name].cls is None:
+        if name not in CRITERIA or not CRITERIA[name].plain:
             raise UsageError(f'--criteria {name}: no criterion with a gradient; known: {", ".join(CRITERIA)}')
     for classes in args.classes:
         if classes < 2:

@@ -327,8 +327,9 @@ def _check(args: argparse.Namespace) -> None:
             hint = did_you_mean(name, timm.list_models())
             raise UsageError(f"{flag} {name}: not one of timm's networks{hint}")
     for name in args.distill:
-        if get_criterion(name).cls is None:
-            raise UsageError(f'--distill {name}: distils nothing; one of {", ".join(n for n in CRITERIA if n != name)}')
+        if not get_criterion(name).plain:
+            known = ', '.join(n for n, row in CRITERIA.items() if row.plain)
+            raise UsageError(f'--distill {name}: not a function of two rows of logits; one of {known}')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: there is none that torch can use; take cpu')
 

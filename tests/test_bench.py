@@ -62,11 +62,12 @@ def test_the_benchmark_of_loaders_measures_normalised_batches_of_the_same_size(f
 
 def test_the_step_benchmark_sets_the_loop_beside_its_parts(capsys):
     argv = ['bench', 'step', '--teacher', 'test_resnet', '--student', 'test_vit', '--img-size', '32', '--batch-size',
-            '4', '--rounds', '1', '--steps', '2', '--num-classes', '10', '20', '--no-loader']  # fmt: skip
+            '4', '--rounds', '1', '--steps', '2', '--num-classes', '10', '20', '--no-loader', '--features']  # fmt: skip
     assert main(argv) == 0
     out = capsys.readouterr().out
     for part in ('(S) |', '| rld alone |', '(T) |', '| online step |', '| cached step |'):
         assert out.count(part) == 2, part
+    assert out.count('asking both networks for their maps, unused: ') == 2
     assert 'online / (S + T) ' in out and 'cached / S ' in out and 'teacher ' in out
     assert '10 classes' in out and '20 classes' in out
     for wrong in (

@@ -25,6 +25,8 @@ PAIRS = {
     'resnet50': ['mobilenetv2'],
 }
 
+FEATURES = 'cifar100/resnet32x4_resnet8x4_reviewkd.yaml'
+
 
 def read(path: str) -> Config:
     config = parse_args(['--config', path])
@@ -61,7 +63,7 @@ def test_a_recipe_is_built(path):
 
 def test_there_is_a_recipe_for_each_pair_of_the_paper():
     expected = {f'cifar100/{t}_{s}.yaml' for t, students in PAIRS.items() for s in students}
-    assert {r for r in RECIPES if r.startswith('cifar100/')} == expected and len(expected) == 14
+    assert {r for r in RECIPES if r.startswith('cifar100/')} == {*expected, FEATURES} and len(expected) == 14
     assert {'imagenet/resnet34_resnet18.yaml', 'imagenet/resnet50_mobilenetv1.yaml'} <= set(RECIPES)
 
 
@@ -72,10 +74,14 @@ def test_the_cifar_recipes_are_as_published(path):
     steps = [1] * 150 + [0.1] * 30 + [0.01] * 30 + [0.001] * 30
     assert rates(config) == pytest.approx([lr * s for s in steps])
     assert rates(config.of_teacher()) == pytest.approx([0.05 * s for s in steps])
-    assert f'cifar100/{config.teacher}_{config.student}.yaml'.replace('cifar_', '') == path
+    assert f'cifar100/{config.teacher}_{config.student}.yaml'.replace('cifar_', '') == path.replace('_reviewkd', '')
     group = create_optimizer(timm.create_model(config.student), config).param_groups
     assert [(g['weight_decay'], g['momentum'], g['nesterov']) for g in group] == [(5e-4, 0.9, False)]
     assert (config.batch_size, config.smoothing, config.train_crop_mode, config.crop_padding) == (64, 0, 'pad', 4)
+    if path == FEATURES:
+        assert (config.distill, config.feature_distill, config.task_loss_weight) == ('none', 'reviewkd', 1)
+        assert (config.feature_loss_weight, config.feature_warmup_epochs) == (5, 20)
+        return
     assert (config.task_loss_weight, config.distill_loss_weight, config.distill_warmup_epochs) == (1, 1, 20)
     _, criterion = choose_criterion(config.distill, config.standardize, config.distill_kwargs)
     assert (criterion.alpha, criterion.beta, criterion.temperature, criterion.alpha_temperature) == (1, 8, 4, 4)

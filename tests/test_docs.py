@@ -67,7 +67,7 @@ def check_train(argv: list[str]) -> None:
         if checkpoint:
             Path(run, 'checkpoint.json').touch()
     config = resolve(parse_args(argv))
-    assert config.student and config.teacher
+    assert config.student and config.teacher_name
 
 
 def check_launch(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,10 @@ def check_tool(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from timm_rld import __main__ as tools
 
     called = []
-    verbs = ('list_things', 'check_data', 'compare', 'tune', 'evaluate', 'predict', 'report', 'push', 'verify_cache')
+    verbs = (
+        'list_things', 'check_data', 'compare', 'tune', 'evaluate', 'predict', 'export', 'report', 'push',
+        'verify_cache',
+    )  # fmt: skip
     for name in verbs:
         monkeypatch.setattr(tools, name, lambda *args, name=name: called.append((name, args)))
     for name in bench.BENCHMARKS:

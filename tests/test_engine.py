@@ -205,11 +205,15 @@ def test_an_error_of_all_processes_is_said_once(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('criterion', ['rld', 'ctkd'])
+@pytest.mark.parametrize(
+    'criterion',
+    [['--distill', 'rld'], ['--distill', 'ctkd'], ['--distill', 'kd', '--feature-distill', 'feature']],
+    ids=lambda c: c[-1],
+)
 def test_two_processes_train_and_evaluate_as_one(criterion, folder, trained_teacher, tmp_path):
     common = ['--teacher', f'local-dir:{trained_teacher}', '--student', 'test_vit', '--data-dir', str(folder),
               '--img-size', '32', '--epochs', '2', '--lr', '0.05', '--grad-accum-steps', '2', '--workers', '0',
-              '--min-teacher-acc', '0', '--output', str(tmp_path), '--distill', criterion]  # fmt: skip
+              '--min-teacher-acc', '0', '--output', str(tmp_path), *criterion]  # fmt: skip
     rows, results = [], []
     for processes, batch_size in ((1, '8'), (2, '4')):
         done = launch([*common, '--batch-size', batch_size, '--experiment', str(processes)], processes)
@@ -225,7 +229,7 @@ def test_two_processes_train_and_evaluate_as_one(criterion, folder, trained_teac
         assert results[0][key] == results[1][key]
 
 
-@pytest.mark.parametrize('name', [n for n, row in CRITERIA.items() if row.cls])
+@pytest.mark.parametrize('name', [n for n, row in CRITERIA.items() if row.plain])
 @pytest.mark.parametrize('standardize', [False, True])
 def test_every_criterion_trains(name, standardize, folder, trained_teacher, tmp_path):
     if standardize and CRITERIA[name].not_standardized:

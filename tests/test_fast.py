@@ -313,7 +313,7 @@ def train(watch, name: str, folder, tmp_path, accelerator: Accelerator, **kwargs
     fit(task, watch(loaders[0]), loaders[1], accelerator, config, log_file=tmp_path / 'log.csv')
 
 
-@pytest.mark.parametrize('name', list(CRITERIA))
+@pytest.mark.parametrize('name', [n for n, row in CRITERIA.items() if not row.generated])
 def test_no_step_waits_for_the_device(name, folder, tmp_path):
     counter = Reads()
     train(functools.partial(Watched, counter=counter), name, folder, tmp_path, Accelerator(cpu=True))

@@ -21,7 +21,7 @@ CASES = [
     for file in ('criteria_golden.json', 'criteria2_golden.json')
     for case in json.loads((FOLDER / file).read_text(encoding='utf-8'))
 ]
-NAMES = [name for name, row in CRITERIA.items() if row.cls is not None]
+NAMES = [name for name, row in CRITERIA.items() if row.plain]
 GOLDEN = [(i, name) for i, case in enumerate(CASES) for name in case['criteria']]
 # Where an exponent of abkd is 0 the published program has this factor (alpha here) times the limit of its formula.
 TIMES_THE_LIMIT = {'abkd_beta_0': 0.5, 'abkd_sum_0': 0.5}

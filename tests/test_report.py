@@ -309,6 +309,10 @@ CASES = {
     ('calibration', 'student off'): {**OF_LABELS, 'student_ece': 6.0},
     ('calibration', 'fine'): {**OF_LABELS, 'use': 'U'},
     ('calibration', 'fine, no folder'): OF_LABELS,
+    ('generated', 'collapsed'): dict(another_generator='G', collapsed='The generator has collapsed.'),
+    ('generated', 'far apart'): dict(collapsed='', generated_agreement=70.0, more_steps=100),
+    ('generated', 'real images differ'): dict(another_generator='G', generated_agreement=95.0, ahead=-12.0),
+    ('generated', 'fine'): dict(another_generator='G', generated_agreement=95.0, generated_classes=10, ahead=-2.0),
     ('images', 'normalisation'): dict(worst_mean=1.4, worst_std=1.0, data_mean='0.1', data_std='0.2'),
     ('images', 'too strong'): dict(worst_mean=0.4, worst_std=1.0, teacher_wrong_seen=60.0),
     ('images', 'plain'): dict(worst_mean=0.4, worst_std=1.0, no_aug=True),
@@ -328,7 +332,7 @@ CASES = {
 
 def test_every_rule_has_a_planted_case():
     assert {(rule.block, rule.name) for rule in RULES} == set(CASES)
-    assert {rule.block for rule in RULES} == {*BLOCKS, 'comparison'}
+    assert {rule.block for rule in RULES} == {*BLOCKS, 'generated', 'comparison'}
 
 
 @pytest.mark.parametrize('case', CASES, ids=' '.join)

@@ -31,11 +31,11 @@ LAUNCHER = "in place of python, e.g. 'accelerate launch --num_processes 2'"
 
 
 def list_things(what: str, pattern: str) -> None:
-    """Print criteria, models or recipes, a line each."""
-    if what == 'criteria':
-        from .loss import describe_criteria
+    """Print criteria, methods on features, models or recipes, a line each."""
+    if what in ('criteria', 'features'):
+        from .loss import describe_criteria, describe_features
 
-        print(describe_criteria())
+        print(describe_criteria() if what == 'criteria' else describe_features())
     elif what == 'models':
         from timm import list_models
 
@@ -77,6 +77,12 @@ def check_data(args: argparse.Namespace) -> None:
 def data_settings() -> list[str]:
     """The settings that a look at a dataset takes as flags: all of the data but `--dataset`, which is its argument."""
     return [name for name in taken_by('open_splits', 'check_data') if name != 'dataset']
+
+
+def export_settings() -> list[str]:
+    """The settings that an export takes as flags: those of an evaluation, but for what concerns GPUs, and for
+    `--jpeg-draft`, which no program that uses the file will have."""
+    return [name for name in marked('evaluation') if name not in ('mixed_precision', 'channels_last', 'jpeg_draft')]
 
 
 def dataset_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,6 +141,15 @@ def predict(args: argparse.Namespace) -> None:
                   workers=args.workers)  # fmt: skip
 
 
+def export(args: argparse.Namespace) -> None:
+    """Write a model as a file for another runtime."""
+    from .export import export_file
+
+    export_file(args.model, format=args.format, output=args.output, with_preprocessing=args.with_preprocessing,
+                precision=args.precision, weights=args.weights, given=given_settings(args, export_settings()),
+                check=not args.no_check, min_agreement=args.min_agreement)  # fmt: skip
+
+
 def report(args: argparse.Namespace) -> None:
     """Write the report of a run or a comparison."""
     from .report import write_report
@@ -186,7 +201,8 @@ def _add_compare(verbs: Any) -> None:
         description='The teacher is trained once and shared. After an interruption the same command continues.',
     )  # fmt: skip
     verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['none', 'kd', 'dkd', 'rld'],
-                      help="default: none kd dkd rld; options after a colon: 'rld:beta=2,temperature=1'")  # fmt: skip
+                      help='default: none kd dkd rld; options after a colon, features after a plus: '
+                      "'rld:beta=2,temperature=1', 'none+fitnet:stage=3'")  # fmt: skip
     verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2], help='default: 0 1 2')
     verb.add_argument('--output', metavar='DIR', default='output/compare', help='default: output/compare')
     verb.add_argument('--launcher', metavar='COMMAND', default='', help=LAUNCHER)
@@ -246,9 +262,35 @@ def _add_predict(verbs: Any) -> None:
     _add_model_choices(verb)
 
 
-def _add_model_choices(verb: Any) -> None:
+def _add_export(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        'export', help='a model as a file for onnxruntime or torch alone, checked against it', allow_abbrev=False,
+        description='Beside FILE lie FILE.json (labels, preprocessing, figures of the check) and FILE.py, a program '
+        'that uses it. A file that fails its check is left as FILE.failed, and the exit code is 1.',
+    )  # fmt: skip
+    verb.add_argument('model', metavar='RUN_OR_MODEL', help=MODEL)
+    verb.add_argument('--format', choices=('onnx', 'pt2'), help="default: that of the output's name, or onnx")
+    verb.add_argument('--output', metavar='FILE', help='default: student.onnx in the run, or NAME.onnx')
+    verb.add_argument('--with-preprocessing', action='store_true',
+                      help='take uint8 pixels [B, H, W, C]; else normalised floats [B, C, H, W]')  # fmt: skip
+    verb.add_argument('--precision', choices=('fp32', 'int8'), default='fp32',
+                      help='int8: ONNX, calibrated on 512 training images (default: fp32)')  # fmt: skip
+    _add_weights(verb)
+    verb.add_argument('--no-check', action='store_true', help='do not hold the file against the model')
+    verb.add_argument('--min-agreement', type=float, metavar='X',
+                      help='share of images with the same top-1 that is enough (default: 0.999; int8 may lose a point '
+                      'of accuracy instead)')  # fmt: skip
+    verb.set_defaults(run=export)
+    add_settings(verb.add_argument_group('data to check with, as for train_distill.py'), export_settings())
+
+
+def _add_weights(verb: Any) -> None:
     which = 'of a run: last epoch, best on the validation split, moving average (default: last)'
     verb.add_argument('--weights', choices=('last', 'best', 'ema'), default='last', help=which)
+
+
+def _add_model_choices(verb: Any) -> None:
+    _add_weights(verb)
     verb.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
 
 
@@ -300,8 +342,8 @@ def _add_bench(verbs: Any, argv: list[str]) -> None:
 
 
 def _add_list(verbs: Any) -> None:
-    verb = verbs.add_parser('list', help='list criteria, models or recipes')
-    verb.add_argument('what', choices=('criteria', 'models', 'recipes'))
+    verb = verbs.add_parser('list', help='list criteria, methods on features, models or recipes')
+    verb.add_argument('what', choices=('criteria', 'features', 'models', 'recipes'))
     verb.add_argument('pattern', nargs='?', default='', help="of models, e.g. '*resnet*'")
     verb.set_defaults(run=lambda a: list_things(a.what, a.pattern))
 
@@ -315,6 +357,7 @@ def parse(argv: list[str]) -> None:
     _add_tune(verbs)
     _add_evaluate(verbs)
     _add_predict(verbs)
+    _add_export(verbs)
     _add_report(verbs)
     _add_push(verbs)
     _add_cache(verbs)

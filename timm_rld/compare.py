@@ -48,7 +48,7 @@ def compare(
     call continues an interrupted comparison, or repeats what failed, and a criterion or a seed can be added.
 
     Args:
-        criteria: names, or with options (:func:`parse_variant`).
+        criteria: names, or with options and a method on features (:func:`parse_variant`).
         seeds: of the students' weights, order and augmentation.
         flags: of `train_distill.py`, for all runs alike.
         output: folder of the runs, `compare.md`, `compare.csv` and `compare.json`.
@@ -66,7 +66,8 @@ def compare(
     output = Path(output).expanduser()
     config = _check(criteria, seeds, list(flags))
     flags = [*flags, *same_held_out(config)]
-    variants = [parse_variant(c) for c in criteria]
+    answers = resolve(config).black_box
+    variants = [parse_variant(c, answers) for c in criteria]
     claim(output, config, 'a comparison')
     launch = launch_command(launcher)
     with_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
@@ -77,7 +78,7 @@ def compare(
         common = train_teacher(launch, flags, output, log, '--seed', str(seeds[0]))
     rows, failed, versions = [], [], {}
     for n, (variant, seed, folder) in enumerate(jobs, 1):
-        command = [*launch, *common, *variant.flags, '--seed', str(seed)]
+        command = [*launch, *common, *_without_features(config), *variant.flags, '--seed', str(seed)]
         if config.teacher_cache is not None:  # the images of another seed are others
             command += ['--teacher-cache', str(Path(config.teacher_cache) / f'seed-{seed}')]
         name, log_run = f'{variant.label} seed {seed}', functools.partial(_log_numbered, log, f'[{n}/{len(jobs)}]')
@@ -94,7 +95,7 @@ def compare(
         )  # fmt: skip
         rows.append(dict(zip(_COLUMNS, values)))
     found = {
-        'teacher': config.teacher, 'student': config.student, 'epochs': resolve(config).epochs,
+        'teacher': config.teacher_name, 'student': config.student, 'epochs': resolve(config).epochs,
         'flags': shlex.join(flags), 'seeds': list(seeds), 'versions': versions, 'runs': rows, 'failed': failed,
         'criteria': summarize(rows, [v.label for v in variants]),
     }  # fmt: skip
@@ -200,6 +201,11 @@ def _check(criteria: Sequence[str], seeds: Sequence[int], flags: list[str]) -> C
     check_unique('--criteria', criteria)
     check_unique('--seeds', seeds)
     return check_flags(seeds, flags, 'compare')
+
+
+def _without_features(config: Config) -> list[str]:
+    """Return flags that set a method on features of a file aside: in a comparison each variant names its own."""
+    return ['--feature-distill', 'none'] if config.feature_distill != 'none' else []
 
 
 def _log_numbered(log: Callable[[str], None], number: str, text: str) -> None:

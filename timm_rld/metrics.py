@@ -204,3 +204,35 @@ def macro(targets: ArrayLike, predictions: ArrayLike, num_classes: int) -> float
     accuracy = per_class(targets, predictions, num_classes)['accuracy']
     there = accuracy[~np.isnan(accuracy)]
     return float(there.mean()) if len(there) else math.nan
+
+
+LEAST_ENTROPY = 0.7  # of log C, below which a generator counts as collapsed
+
+
+def collapse(counts: Sequence[int], class_names: Sequence[str] | None = None) -> str:
+    """Return a sentence where generated images are of few classes only, and what to try; else an empty text.
+
+    Args:
+        counts: generated images that a teacher puts into each class.
+        class_names: by index.
+    """
+    n, total = len(counts), sum(counts)
+    shares = [c / total for c in counts if c]
+    entropy = -sum(p * math.log(p) for p in shares) / math.log(n)
+    never = [i for i, c in enumerate(counts) if not c]
+    # of evenly spread images a class may be missing by chance
+    expected = n * (1 - 1 / n) ** total
+    if entropy >= LEAST_ENTROPY and len(never) <= max(0.02 * n, 2 * expected):
+        return ''
+    names = [repr(class_names[i]) if class_names else str(i) for i in never[:5]]
+    missing = (
+        f'{len(never)} of {n} classes never occur ({", ".join(names)}{", …" if len(never) > 5 else ""})'
+        if never
+        else ''
+    )
+    what = ', and '.join(filter(None, [missing, f'their entropy is {entropy:.2f} of 1']))
+    return (
+        f'the generator has collapsed: among {total:,} generated images {what}, so the student learns little of the '
+        'rest. Try another --seed, fewer --generator-epochs (generator.csv shows when), a smaller --generator-kwargs '
+        'info_weight, or a larger --train-fraction'
+    )

@@ -17,6 +17,7 @@ from .data import Source, class_weights
 from .data.images import DECODING_RULES
 from .distributed import raise_on_all
 from .errors import Stopped, UserError
+from .files import sha256_of
 from .run_folder import claim, is_finished, write_inputs
 
 
@@ -42,7 +43,7 @@ def open_run(config: Config, accelerator: Accelerator, train: Source, val: Sourc
     assert config.student is not None and config.epochs is not None and isinstance(config.workers, int)
     facts = gather_facts(accelerator, train, val, config.workers, **config.arguments_of('gather_facts'))
     name = config.experiment or '-'.join(
-        [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(config.student), config.distill]
+        [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(config.student), config.method]
     )
     (name,) = broadcast_object_list([name])  # another rank may be a second later
     folder = Path(config.output or 'output').expanduser() / name
@@ -110,10 +111,15 @@ def _may_be_longer(config: Config, epochs: int) -> bool:
 
 
 def gather_facts(
-    accelerator: Accelerator, train: Source, val: Source, workers: int, weights: str | None = None
+    accelerator: Accelerator,
+    train: Source,
+    val: Source,
+    workers: int,
+    weights: str | None = None,
+    answers: str | None = None,
 ) -> dict[str, Any]:
     """Return what a result depends on beside the settings, by name: data, processes, threads; with class weights what
-    they are, since their file may be another by now."""
+    they are, since their file may be another by now, and what a file of answers holds."""
     on_cpu = accelerator.device.type == 'cpu'
     of_classes = class_weights(train, weights)
     return {
@@ -127,4 +133,5 @@ def gather_facts(
         'files and labels (a digest)': f'{train.digest()} {val.digest()}',
         'rules of decoding images': DECODING_RULES,
         **({'class weights': [round(w, 6) for w in of_classes.tolist()]} if of_classes is not None else {}),
+        **({'--teacher-answers (a digest)': sha256_of(Path(answers).expanduser())} if answers else {}),
     }

@@ -97,6 +97,11 @@ def teacher_is_trained(folder: Path, weights: Path) -> bool:
     return True
 
 
+def queries_in(folder: Path) -> int:
+    """Return how many images a closed teacher was asked about by the processes of a run, on this host."""
+    return sum(int(file.read_text(encoding='utf-8') or 0) for file in folder.glob('queries-*.txt'))
+
+
 def best_epoch(history: list[dict[str, float]], by: str = 'top1') -> int:
     """Return the first epoch of the highest validation `top1` or `macro` accuracy, or of the lowest `loss`."""
     sign = -1 if by == 'loss' else 1
@@ -171,3 +176,39 @@ def read_run(folder: str | Path) -> RunFiles:
             f'{folder}: not the folder of a finished run ({what}); --resume finishes one that is not'
         ) from e
     return RunFiles(folder, settings, results, history, config)
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported file in a run folder (`timm-rld export`).
+
+    Attributes:
+        file: where it lies.
+        about: what its side file says: `architecture`, `weights`, `format`, `precision`, `bytes`, `labels`, …, and of
+            its `check` the figures, or None.
+    """
+
+    file: Path
+    about: dict[str, Any]
+
+    @property
+    def beside(self) -> list[Path]:
+        """The file, and what lies beside it."""
+        names = ('', '.json', '.py')
+        return [p for n in names if (p := self.file.with_name(f'{self.file.name}{n}')).is_file()]
+
+
+def read_exports(folder: Path) -> list[Export]:
+    """Return the exported files that lie in a run folder, by name; one whose side file is gone or damaged is left
+    out."""
+    found = []
+    for side in sorted(folder.glob('*.json')):
+        file = side.with_suffix('')
+        try:
+            about = json.loads(side.read_text(encoding='utf-8')) if file.is_file() else {}
+            complete = {'format', 'precision', 'weights', 'bytes', 'check'} <= set(about)
+            if complete and about['bytes'] == file.stat().st_size:
+                found.append(Export(file, about))
+        except (OSError, ValueError, TypeError):
+            continue
+    return [e for e in found if not e.file.name.endswith('.failed')]

@@ -22,6 +22,7 @@ from .config import FIELDS, Config, flag_of, load_yaml, marked, parse_args, reso
 from .errors import Stopped, UsageError, UserError, writing
 from .files import LockedError, lock, write_atomic
 from .loss import choose_criterion
+from .loss.features import check_features
 from .metrics import mean_interval
 
 
@@ -38,35 +39,59 @@ class Variant:
     flags: tuple[str, ...]
 
 
-def parse_variant(text: str) -> Variant:
+def parse_variant(text: str, answers: str | None = None) -> Variant:
     """Return the variant that a text names: `rld`, or with options and weights
-    `rld:beta=2,temperature=1,distill_warmup_epochs=1`, `kd:standardize=true`.
+    `rld:beta=2,temperature=1,distill_warmup_epochs=1`, `kd:standardize=true`; after a plus sign a method on features,
+    likewise: `rld+at`, `none+fitnet:stage=3,feature_loss_weight=50`.
+
+    Args:
+        answers: of a closed teacher, as `--black-box` has them.
 
     Raises:
-        UsageError: for an unknown criterion or option.
+        UsageError: for an unknown criterion, method or option, and a criterion that cannot be computed from such
+            answers.
     """
-    name, _, rest = text.partition(':')
-    options, flags = [], ['--distill', name]
+    criterion, *features = re.split(r'\+(?=[a-z])', text)  # not that of 1e+3
+    if len(features) > 1:
+        raise UsageError(f'--criteria {text}: expected one criterion and at most one method on features')
+    flags = [
+        *_flags_of(text, criterion, 'distill'),
+        *(x for f in features for x in _flags_of(text, f, 'feature_distill')),
+    ]
+    try:
+        config = parse_args(flags)
+        choose_criterion(config.distill, config.standardize, config.distill_kwargs, answers)
+        check_features(config.feature_distill, config.feature_kwargs, config.distill)
+    except UsageError as e:
+        raise UsageError(f'--criteria {text}: {str(e).partition(": ")[2]}') from e
+    return Variant(text, tuple(flags))
+
+
+def _flags_of(text: str, part: str, choice: str) -> list[str]:
+    """Return the flags that a part of a variant's text stands for.
+
+    Args:
+        text: the whole, for messages.
+        part: NAME or NAME:options.
+        choice: the setting that the name is of.
+    """
+    name, _, rest = part.partition(':')
+    options, flags = [], [flag_of(choice), name]
+    own = marked('belongs_to', choice)
+    (kwargs,) = (name for name in own if name.endswith('_kwargs'))
     for item in filter(None, re.split(r',(?![^\[]*\])', rest)):  # not within a list
         key, sep, value = item.partition('=')
         if not sep:
             raise UsageError(f"--criteria {text}: expected name=value after the colon, got '{item}'")
-        if key == 'standardize':
+        if key == 'standardize' and choice == 'distill':
             if value.lower() not in ('true', 'false'):
                 raise UsageError(f'--criteria {text}: standardize must be true or false, got {value}')
             flags += ['--standardize' if value.lower() == 'true' else '--no-standardize']
-        elif key in marked('belongs_to', 'distill'):
-            flags += [flag_of(key), value]
+        elif key in own:
+            flags += [flag_of(key), *value.strip('[]').split(',')]
         else:
             options.append(item)
-    if options:
-        flags += ['--distill-kwargs', *options]
-    try:
-        config = parse_args(flags)
-        choose_criterion(config.distill, config.standardize, config.distill_kwargs)
-    except UsageError as e:
-        raise UsageError(f'--criteria {text}: {str(e).partition(": ")[2]}') from e
-    return Variant(text, tuple(flags))
+    return flags + ([flag_of(kwargs), *options] if options else [])
 
 
 def mean_std(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -95,7 +120,7 @@ def check_flags(seeds: Sequence[int], flags: Sequence[str], verb: str) -> Config
     for name in marked('per_run'):
         if getattr(config, name) != FIELDS[name].default and flag_of(name) in {f.partition('=')[0] for f in flags}:
             raise UsageError(f'{flag_of(name)}: is chosen for each run; see --criteria, --seeds and --output of {verb}')
-    if config.student is None or config.teacher is None:
+    if config.student is None or config.teacher_name is None:
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
     for seed in seeds:
         parse_args(['--seed', str(seed)])

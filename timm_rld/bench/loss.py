@@ -29,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """Return the table as Markdown."""
     for name in args.criteria or ():
-        if get_criterion(name).cls is None:
-            raise UsageError(f'--criteria {name}: distils nothing')
+        row = get_criterion(name)
+        if not row.plain:
+            why = 'is measured with its networks: timm-rld bench step --distill mekd'
+            raise UsageError(f'--criteria {name}: {why if row.generated else "distils nothing"}')
     if args.repeats < 1:
         raise UsageError(f'--repeats {args.repeats}: must be at least 1')
     shapes = [parse_shape(s) for s in args.shapes]
@@ -62,7 +64,7 @@ def bench_loss(
         A row for each shape, mode and criterion: `shape`, `mode`, `name`, `ms`, `of_kd`, `of_ce`, `mib` (peak memory
         beyond the logits), `mib_of_kd`.
     """
-    names = [n for n, row in CRITERIA.items() if row.cls] if names is None else list(names)
+    names = [n for n, row in CRITERIA.items() if row.plain] if names is None else list(names)
     names = ['kd', *(n for n in names if n != 'kd')]
     # every criterion is another specialisation of one forward(): past the limit dynamo would go back to eager unasked
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(names))

@@ -30,8 +30,9 @@ from ..engine import create_optimizer, fit, optimize_for_inference, wants_channe
 from ..engine.log import PARTS
 from ..errors import UsageError
 from ..loss import choose_criterion
-from ..pairing import Pair, Teacher, create_student, look_up
-from ..task import DistillationTask
+from ..pairing import Pair, Teacher, WithFeatures, create_student, look_up
+from ..task import DistillationTask, FeatureDistillation, create_features
+from .generated import bench_generated, describe_generated
 from .measure import Profiled, markdown
 from .photographs import write_photographs
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     classes = 'a table each (default: 1000; 100 below 128 pixels)'
     parser.add_argument('--num-classes', type=int, nargs='+', metavar='N', help=classes)
     parser.add_argument('--distill', default='rld', metavar='NAME', help='default: rld')
+    parser.add_argument('--features', action='store_true', help='what asking both networks for their maps costs')
     parser.add_argument('--mixed-precision', choices=('no', 'fp16', 'bf16'), default='no')
     parser.add_argument('--torchcompile', action='store_true')
     parser.add_argument('--channels-last', action=argparse.BooleanOptionalAction, help='default: as in a run')
@@ -66,18 +68,28 @@ def run(args: argparse.Namespace) -> str:
         values = getattr(args, name)
         if lowest and min(values if isinstance(values, list) else [values]) < lowest:
             raise UsageError(f'--{name.replace("_", "-")} {values}: must be at least {lowest}')
-    if choose_criterion(args.distill, False, {})[1] is None:
+    row, criterion = choose_criterion(args.distill, False, {})
+    if criterion is None:
         raise UsageError(f'--distill {args.distill}: distils nothing')
     workers = parse_args(['--workers', args.workers]).workers
     for flag, name in (('--teacher', args.teacher), ('--student', args.student)):
         look_up(name, flag)
     texts: list[str] = []
     for classes in args.num_classes or [1000 if args.img_size >= 128 else 100]:
+        if row.generated:
+            texts.append(describe_generated(bench_generated(
+                args.teacher, args.student, num_classes=classes, **{name: getattr(args, name) for name in (
+                    'img_size', 'batch_size', 'mixed_precision', 'torchcompile', 'channels_last', 'cpu_threads',
+                    'rounds', 'steps',
+                )},
+            )))  # fmt: skip
+            continue
         found = bench_step(
             args.teacher, args.student, num_classes=classes, rounds=args.rounds, steps=args.steps,
             loader=not args.no_loader and not texts, data_dir=args.data_dir,
             workers=workers, **{name: getattr(args, name) for name in (
                 'img_size', 'batch_size', 'distill', 'mixed_precision', 'torchcompile', 'channels_last', 'cpu_threads',
+                'features',
             )},
         )  # fmt: skip
         texts.append(describe(found))
@@ -96,6 +108,7 @@ class Found:
         batch_size: images.
         folded: batch norms of the teacher.
         idle: share of the online loop's time in which the device did nothing, where no step waits for it.
+        asking: S + T with the features asked for and not used, over S + T: median, lowest and highest of the rounds.
     """
 
     title: str
@@ -106,6 +119,7 @@ class Found:
     batch_size: int
     folded: int
     idle: float = math.nan
+    asking: tuple[float, float, float] | None = None
 
 
 def bench_step(
@@ -126,6 +140,7 @@ def bench_step(
     loader: bool = True,
     idle: bool | None = None,
     cpu_threads: int | None = None,
+    features: bool = False,
 ) -> Found:
     """Time the parts of a training step, and the loop of a real run (:func:`timm_rld.engine.fit`) on batches in memory,
     with the teacher and with a cache of its logits.
@@ -138,6 +153,7 @@ def bench_step(
         loader: measure the loader too: on ``data_dir``, or on photographs made for it.
         idle: measure the device's idle time too, in one more loop; None: on a GPU alone.
         cpu_threads: on a CPU; None: as in a run.
+        features: measure what asking for the maps that `at` takes costs.
 
     Returns:
         What was measured.
@@ -153,15 +169,13 @@ def bench_step(
     )  # fmt: skip
     accelerator = create_accelerator(**config.arguments_of('create_accelerator'))
     config.mixed_precision = accelerator.mixed_precision
-    torch.manual_seed(0)
-    pair = create_student(student, num_classes, img_size=img_size)
-    network = create_student(teacher, num_classes, img_size=img_size)
-    pair.teacher = Teacher(network.student, network.normalize, name=teacher)
+    pair = _random_pair(teacher, student, num_classes, img_size)
+    asked = create_features(pair, 'at') if features else None
     optimize_for_inference(pair, accelerator, config)
     criterion = choose_criterion(distill, False, {})[1]
     on_gpu = accelerator.device.type == 'cuda'
     batches = _batches(steps, batch_size, pair.data_config['input_size'], num_classes, pinned=on_gpu)
-    alone = _Alone(pair, copy.deepcopy(criterion), batches, accelerator, config)
+    alone = _Alone(pair, copy.deepcopy(criterion), batches, accelerator, config, asked)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         loops, histories = _run_loops(pair, criterion, batches, alone, accelerator, config, Path(folder))
         watched = on_gpu if idle is None else idle
@@ -173,7 +187,6 @@ def bench_step(
         'online step': loops['online'].step_seconds(),
         'cached step': loops['cached'].step_seconds(),
     }
-    count = rounds * steps
     if loader:
         seconds['loader alone, a batch'] = _loader(config, pair, data_dir)
     # its data come from memory
@@ -181,13 +194,22 @@ def bench_step(
     return Found(
         title=_title(config, accelerator.device),
         seconds=seconds,
-        online=_ratio(loops['online'], {part: alone.times[part][:count] for part in ('student', 'teacher')}, steps),
-        cached=_ratio(loops['cached'], {'student': alone.times['student'][count:]}, steps),
+        online=_ratio(loops['online'], {k: alone.times[k][: rounds * steps] for k in ('student', 'teacher')}, steps),
+        cached=_ratio(loops['cached'], {'student': alone.times['student'][rounds * steps :]}, steps),
         split={k: v / sum(spent.values()) for k, v in spent.items()},
         batch_size=batch_size,
-        folded=pair.teacher.folded,
+        folded=alone.teacher.folded,
         idle=idle_time,
+        asking=_asking(alone.times, steps) if features else None,
     )
+
+
+def _random_pair(teacher: str, student: str, num_classes: int, img_size: int) -> Pair:
+    """Return a pair with random weights."""
+    torch.manual_seed(0)
+    pair, network = (create_student(name, num_classes, img_size=img_size) for name in (student, teacher))
+    pair.teacher = Teacher(network.student, network.normalize, name=teacher)
+    return pair
 
 
 def _title(config: Config, device: torch.device) -> str:
@@ -268,6 +290,9 @@ def describe(found: Found) -> str:
         lines.append(
             f'idle share of the device in the online loop, where no step waits for it: {100 * found.idle:.1f}%'
         )
+    if found.asking:
+        change = (f'{100 * (ratio - 1):+.1f}%' for ratio in found.asking)
+        lines.append('asking both networks for their maps, unused: {} of S + T ({} to {})'.format(*change))
     loader = found.seconds.get('loader alone, a batch')
     if loader and loader > cached:
         lines.append(f'the loader is the limit of a {"" if loader > online else "cached "}run: more --workers, '
@@ -307,10 +332,12 @@ class _Alone:
     """
 
     def __init__(
-        self, pair: Pair, criterion: Any, batches: list[Batch], accelerator: Accelerator, config: Config
-    ) -> None:
+        self, pair: Pair, criterion: Any, batches: list[Batch], accelerator: Accelerator, config: Config,
+        features: FeatureDistillation | None = None,
+    ) -> None:  # fmt: skip
         assert pair.teacher is not None
-        self.teacher, self.accelerator = copy.deepcopy(pair.teacher), accelerator
+        teacher: Any = copy.deepcopy(pair.teacher)
+        self.teacher, self.accelerator = teacher, accelerator
         self.normalize = copy.deepcopy(pair.normalize)
         self.device = accelerator.device
         self.network, self.criterion = copy.deepcopy(pair.student).to(self.device).train(), criterion.to(self.device)
@@ -318,17 +345,21 @@ class _Alone:
         self.format = torch.channels_last if wants_channels_last(config, accelerator) else torch.contiguous_format
         self.network.to(memory_format=self.format)
         self.optimizer = create_optimizer(self.network, config)
+        self.asked: nn.Module | None = WithFeatures(self.network, features.student) if features else None
         if config.torchcompile:
             self.network = cast(nn.Module, torch.compile(self.network))
+            self.asked = cast(nn.Module, torch.compile(self.asked)) if self.asked else None
             self.teacher.compile()
             self.criterion.compile()
         self.batches = [(p.to(self.device), t.to(self.device)) for p, t, _ in batches]
         self.logits = [self._ask(p) for p, _ in self.batches]
-        self.times: dict[str, list[float]] = {'student': [], 'teacher': [], 'criterion': []}
+        parts = ('student', 'teacher', 'criterion', 'student, asked', 'teacher, asked')
+        self.times: dict[str, list[float]] = {part: [] for part in parts}
 
-    def _ask(self, pixels: Tensor) -> Tensor:
+    def _ask(self, pixels: Tensor, features: bool = False) -> Tensor:
         with self.accelerator.autocast():
-            return self.teacher(pixels)
+            found: Tensor = self.teacher.with_features(pixels)[0] if features else self.teacher(pixels)
+            return found
 
     def _timed(self, part: str, steps: Sequence[Callable[[], Any]], count: bool) -> None:
         for step in steps:
@@ -339,20 +370,22 @@ class _Alone:
             if count:
                 self.times[part].append(time.perf_counter() - started)
 
-    def student(self, count: bool) -> None:
-        """A round of the student alone."""
+    def student(self, count: bool, part: str = 'student') -> None:
+        """A round of the student alone, or asked for its features."""
+        asked = self.asked if part == 'student, asked' else None
 
         def step(i: int) -> None:
             pixels, target = self.batches[i]
             with self.accelerator.autocast():
-                logits = self.network(self.normalize(pixels.to(memory_format=self.format))).float()
+                x = self.normalize(pixels.to(memory_format=self.format))
+                logits = (asked(x)[0] if asked else self.network(x)).float()
                 loss = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
                 loss = loss + self.criterion(logits, self.logits[i], target)
             self.accelerator.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        self._timed('student', [functools.partial(step, i) for i in range(len(self.batches))], count)
+        self._timed(part, [functools.partial(step, i) for i in range(len(self.batches))], count)
 
     def all(self, count: bool) -> None:
         """A round of each."""
@@ -363,6 +396,9 @@ class _Alone:
 
         self.student(count)
         self._timed('teacher', [functools.partial(self._ask, p) for p, _ in self.batches], count)
+        if self.asked:
+            self.student(count, 'student, asked')
+            self._timed('teacher, asked', [functools.partial(self._ask, p, True) for p, _ in self.batches], count)
         self._timed('criterion', [functools.partial(criterion, i) for i in range(len(self.batches))], count)
 
 
@@ -434,15 +470,26 @@ class _Watched(_InMemory):
             yield from self.batches
 
 
+def _medians(times: list[float], steps: int) -> list[float]:
+    """The median of each round of so many steps."""
+    return [statistics.median(times[r : r + steps]) for r in range(0, len(times), steps)]
+
+
 def _ratio(loop: _InMemory, alone: dict[str, list[float]], steps: int) -> tuple[float, float, float]:
     """Return the time of a loop's step divided by that of its parts: median, lowest and highest of the rounds."""
-    rounds = range(0, len(loop.times), steps)
+    bounds = zip(*(_medians(times, steps) for times in alone.values()))
+    ratios = [step / sum(parts) for step, parts in zip(_medians(loop.times, steps), bounds)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
-    def medians(times: list[float]) -> list[float]:
-        return [statistics.median(times[r : r + steps]) for r in rounds]
 
-    bounds = zip(*map(medians, alone.values()))
-    ratios = [step / sum(parts) for step, parts in zip(medians(loop.times), bounds)]
+def _asking(times: dict[str, list[float]], steps: int) -> tuple[float, float, float]:
+    """Return the time of both networks asked for their features, divided by that of both alone: median, lowest and
+    highest of the rounds."""
+    alone, asked = (
+        [sum(pair) for pair in zip(*(_medians(times[f'{who}{how}'], steps) for who in ('student', 'teacher')))]
+        for how in ('', ', asked')
+    )
+    ratios = [a / b for a, b in zip(asked, alone)]  # the student alone has more rounds
     return statistics.median(ratios), min(ratios), max(ratios)
 
 

@@ -5,9 +5,10 @@ DIR/epoch-0001.safetensors …     a row for each training image, as it is augme
 DIR/validation-….safetensors     a row for each validation image, as the student sees it
 """
 
+from .answers import AnswersFile, answers_kind
 from .key import CacheKey
 from .rows import DTYPES, Rows, rounded
 from .teacher_cache import TeacherCache
 from .verify import verify
 
-__all__ = ['CacheKey', 'DTYPES', 'rounded', 'Rows', 'TeacherCache', 'verify']
+__all__ = ['answers_kind', 'AnswersFile', 'CacheKey', 'DTYPES', 'rounded', 'Rows', 'TeacherCache', 'verify']

@@ -62,10 +62,15 @@ class CacheKey:
         how = {k: self.data_config[k] for k in ('input_size', 'interpolation', 'crop_pct', 'crop_mode')}
         how['--jpeg-draft'] = self.arguments['create_loaders']['jpeg_draft']
         how['--no-exif'] = self.arguments['open_splits']['no_exif']
-        return _plain({**self._teacher(weights), **self._split(self.val), **how})
+        closed: dict[str, Any] = {
+            flag: self.depends_on[flag] for flag in ('--black-box', '--teacher-query') if flag in self.depends_on
+        }
+        return _plain({**self._teacher(weights), **closed, **self._split(self.val), **how})
 
     def _teacher(self, weights: str) -> dict[str, Any]:
         a = self.arguments['create_teacher']
+        if a['name'] is None:  # --teacher-query, see depends_on
+            return {'format': FORMAT}
         info = look_up(a['name'], '--teacher')
         own, class_map = info.config, a['class_map']
         if class_map and os.path.isfile(class_map):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..data.replay import ReplayDataset
 from ..distributed import all_reduce_max, main_first, main_only
 from ..errors import SampleError, UserError, writing
 from ..files import write_atomic
-from ..pairing import Teacher, weights_digest, weights_file
+from ..pairing import ClosedTeacher, Teacher, weights_digest, weights_file
 from .key import FORMAT, CacheKey, difference, short_digest, teacher_digest
 from .rows import DTYPES, Rows, rounded
 
@@ -52,6 +53,8 @@ class TeacherCache:
 
     Attributes:
         complete: whether nothing is left to be computed, so that the teacher need not be built.
+        by_image: whether the teacher is a function that answers for each image alone (`--teacher-query`): of a batch it
+            is asked about those images that there is no row of.
         validated: whether the validation rows are there.
         body: what cache.json holds; None until the teacher's weights are known.
 
@@ -84,16 +87,19 @@ class TeacherCache:
         self.arguments, self.epochs, self.train_teacher = arguments, epochs, train_teacher
         self.augmentation_epochs, self.dtype = augmentation_epochs, DTYPES[dtype]
         self.key = CacheKey(arguments, depends_on, dtype, train, val, data_config, accelerator.mixed_precision)
+        self.by_image = depends_on.get('--teacher-query') is not None
         self.complete = self.validated = False
         self.body: dict[str, Any] | None = None
         self._open: dict[str, Rows] = {}
         self._held: int | None = None
         self._pending: list[tuple[torch.cuda.Event, Rows, np.ndarray, Tensor]] = []
+        self._threads = threading.RLock()  # a closed teacher's answers are written by the threads that ask
         self._check_folder()
-        if not train_teacher and (weights := self._weights_file()):
+        weights = None if train_teacher else self._weights_file()
+        if weights or self.by_image:
             self.open(weights)
             if self.complete:
-                accelerator.print('  the teacher is not loaded')
+                accelerator.print('  the teacher is not asked' if self.by_image else '  the teacher is not loaded')
 
     # ------------------------------------------------------------------------------------------------------- opening
 
@@ -110,9 +116,9 @@ class TeacherCache:
 
     def _weights_file(self) -> Path | None:
         a = self.arguments['create_teacher']
-        return weights_file(a['name'], a['checkpoint'])
+        return None if self.by_image else weights_file(a['name'], a['checkpoint'])
 
-    def open(self, weights: Path | None = None, teacher: Teacher | None = None) -> None:
+    def open(self, weights: Path | None = None, teacher: Teacher | ClosedTeacher | None = None) -> None:
         """Find out what the folder holds, unless that is done; called on every process.
 
         Args:
@@ -125,7 +131,7 @@ class TeacherCache:
         if self.body is not None:
             return
         weights = weights or self._weights_file()
-        digest = teacher_digest(weights, weights_digest(teacher))
+        digest = '' if self.by_image else teacher_digest(weights, weights_digest(teacher))
         self.facts, self.validation_facts = self.key.training(digest), self.key.validation(digest)
         self.body = {
             'facts': self.facts, 'data_config': self.key.data_config, 'arguments': self.arguments,
@@ -272,7 +278,7 @@ class TeacherCache:
         return (epoch - 1) % self.augmentation_epochs + 1
 
     def logits(
-        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[[], Tensor] | None = None
+        self, epoch: int, indices: Tensor, target: Tensor, compute: Callable[..., Tensor] | None = None
     ) -> Tensor:
         """Return the logits of a batch, from the disk or of the teacher; those of the teacher are cached.
 
@@ -280,7 +286,8 @@ class TeacherCache:
             epoch: 1-based.
             indices: of the images in the dataset, `[B]`, on the CPU.
             target: their classes, `[B]`.
-            compute: returns the teacher's logits `[B, C]`; None where there is no teacher.
+            compute: returns the teacher's logits `[B, C]`, or, where each image is asked about alone (``by_image``),
+                given the places of some images in the batch, theirs; None where there is no teacher.
 
         Returns:
             `[B, C]`, float32, on the target's device.
@@ -289,7 +296,12 @@ class TeacherCache:
             SampleError: where a row is damaged and there is no teacher.
             UserError: where rows cannot be written.
         """
-        rows, where = self._rows(self._name(self.augmentation_epoch(epoch))), indices.numpy()
+        name, where = self._name(self.augmentation_epoch(epoch)), indices.numpy()
+        if self.by_image and compute is not None:
+            of = target.cpu()
+            asked = self._asked(name, indices, compute, lambda rows, i: rounded(rows, of[i], self.dtype))
+            return asked.to(target.device).float()
+        rows = self._rows(name)
         found = rows.read(where)
         if found is not None:
             if target.device.type == 'cuda':
@@ -307,6 +319,41 @@ class TeacherCache:
             stored = found  # a row that was there stays, whatever batch it came from
         return stored.float()
 
+    def _asked(
+        self,
+        name: str,
+        indices: Tensor,
+        compute: Callable[[Tensor], Tensor],
+        stored: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Return the rows of a batch, after asking about those images that there is none of. Several threads may.
+
+        Args:
+            name: of the file.
+            compute: places of images in the batch → their answers.
+            stored: (answers, places) → what is kept of them.
+        """
+        where = indices.numpy()
+        with self._threads:
+            rows = self._rows(name)
+            absent = torch.tensor([i for i in range(len(where)) if rows.read(where[i : i + 1]) is None])
+        if len(absent):
+            answers = stored(compute(absent).cpu(), absent)
+            with self._threads:
+                rows.write(where[absent.numpy()], answers)
+        with self._threads:
+            found = rows.read(where)
+        assert found is not None, 'rows that were written can be read'
+        return found
+
+    def missing(self, epoch: int, indices: Tensor) -> int:
+        """Return about how many images of a batch the teacher would be asked."""
+        where = indices.numpy()
+        with self._threads:
+            rows = self._rows(self._name(self.augmentation_epoch(epoch)))
+            absent = sum(rows.read(where[i : i + 1]) is None for i in range(len(where)))
+        return absent if self.by_image or not absent else len(where)
+
     def end_epoch(
         self, epoch: int, left_out: Sequence[int], dataset: ReplayDataset, compute: Callable[[Tensor], Tensor] | None
     ) -> None:
@@ -316,17 +363,49 @@ class TeacherCache:
         Args:
             left_out: their indices.
             dataset: key (augmentation epoch, index) → (pixels, target, index).
-            compute: pixels → the teacher's logits.
+            compute: pixels → the teacher's logits. A closed teacher with a budget is not asked.
         """
         self.flush()
         seen = self.augmentation_epoch(epoch)
         if not left_out or compute is None or epoch != seen or not self.accelerator.is_main_process:
             return
+        if isinstance(compute, ClosedTeacher) and compute.queries.limit is not None:
+            return  # no step needs them
         pixels, classes, indices = zip(*(dataset[seen, index] for index in left_out))
         target = torch.tensor(classes, device=self.accelerator.device)
         batch = torch.stack([torch.as_tensor(p) for p in pixels]).to(self.accelerator.device)
-        self.logits(epoch, torch.tensor(indices), target, lambda: compute(batch))
+
+        def compute_some(chosen: Tensor | None = None) -> Tensor:
+            return compute(batch if chosen is None else batch[chosen.to(batch.device)])
+
+        self.logits(epoch, torch.tensor(indices), target, compute_some)
         self.flush()
+
+    def first_answers(self) -> Tensor | None:
+        """Return what :meth:`keep_first_answers` kept."""
+        assert self.body is not None  # open() was called
+        return None if self.body.get('answers') is None else torch.tensor(self.body['answers'])
+
+    def keep_first_answers(self, rows: Tensor) -> None:
+        """Keep a closed teacher's answers for a few images, by which it is known again."""
+        assert self.body is not None  # open() was called
+        self.body['answers'] = rows.tolist()
+        with writing(f'--teacher-cache: {self.folder}'):
+            self._write_body()
+
+    def ask_validation(self, indices: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a closed teacher's answers for a batch of validation images, after asking about those that there is no
+        row of.
+
+        Args:
+            indices: `[B]`.
+            compute: places of images in the batch → their answers.
+        """
+        return self._asked(self.validation_name, indices, compute, lambda rows, _: rows.float())
+
+    def missing_validation(self) -> int:
+        """Return how many validation images there is no row of, on this host."""
+        return int((~self._rows(self.validation_name).filled()[: len(self.val)]).sum())
 
     def write_validation(self, indices: Tensor, target: Tensor, logits: Tensor) -> None:
         """Write the validation logits of a batch."""

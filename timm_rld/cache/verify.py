@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import create_loaders, open_splits
 from ..data.replay import ReplayDataset
 from ..errors import UserError
-from ..pairing import Teacher, create_teacher, weights_file
+from ..pairing import ClosedTeacher, Teacher, close_teacher, create_teacher, weights_file
 from .key import CacheKey, difference, teacher_digest
 from .rows import Rows, rounded
 from .teacher_cache import read_body
@@ -41,6 +41,8 @@ def verify(
         data_dir, teacher_checkpoint: where data and weights are now, if they have been moved.
         device: torch's name of it; None for a GPU where there is one.
 
+    The answers of `--teacher-query` are not asked for again: their rows are checked against their checksums alone.
+
     Returns:
         A line: what was compared, and the largest difference.
 
@@ -51,15 +53,18 @@ def verify(
     body = read_body(folder)
     if device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: torch finds no GPU; use cpu')
-    dataset, teacher = _rebuild(folder, body, data_dir, teacher_checkpoint)
-    place = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    teacher.optimize_for_inference(body['data_config']['input_size'])
-    teacher.to(place)
-
     files = {int(path.stem.partition('-')[2]): Rows(path) for path in sorted(folder.glob('epoch-*.safetensors'))}
     there = [(epoch, index) for epoch, r in files.items() for index in np.flatnonzero(r.filled()).tolist()]
     if not there:
         return f'{folder}: holds no rows yet'
+    if query := body['depends_on'].get('--teacher-query'):
+        return _without_asking(folder, files, query)
+    dataset, open_teacher = _rebuild(folder, body, data_dir, teacher_checkpoint)
+    place = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    open_teacher.optimize_for_inference(body['data_config']['input_size'])
+    open_teacher.to(place)
+    answers = body['depends_on'].get('--black-box')
+    teacher = close_teacher(open_teacher, answers) if answers else open_teacher
     sample = [there[i] for i in np.random.default_rng(seed).permutation(len(there))[:rows]]
     dtype, mixed_precision = files[sample[0][0]].dtype, body['facts']['--mixed-precision']
     allowed = _BY_DTYPE[dtype] + _BY_PRECISION[mixed_precision]
@@ -88,6 +93,18 @@ def verify(
         f'{len(sample):,} recomputed: they differ by at most {worst:.2g} of the largest logit '
         f'({allowed:.2g} allowed for rounding); RLD masks other classes in {remasked}'
     )
+
+
+def _without_asking(folder: Path, files: dict[int, Rows], query: str) -> str:
+    """Check checksums alone."""
+    damaged = [f'epoch {epoch}, image {index}' for epoch, r in files.items() for index in r.damaged()]
+    if damaged:
+        raise UserError(
+            f'{folder}: {len(damaged)} row(s) are damaged: {"; ".join(damaged[:5])}. Delete the files of these epochs '
+            'to have them asked for again'
+        )
+    count = sum(int(r.filled().sum()) for r in files.values())
+    return f'{folder}: {count:,} answers of {query}, all whole; they are not asked for again, to save queries'
 
 
 def _rebuild(
@@ -121,7 +138,11 @@ def _rebuild(
 
 
 def _recompute(
-    dataset: ReplayDataset, teacher: Teacher, keys: list[tuple[int, int]], device: torch.device, mixed_precision: str
+    dataset: ReplayDataset,
+    teacher: Teacher | ClosedTeacher,
+    keys: list[tuple[int, int]],
+    device: torch.device,
+    mixed_precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the logits `[B, C]` and targets `[B]` of some images (augmentation epoch, index)."""
     pixels, target, _ = zip(*(dataset[key] for key in keys))

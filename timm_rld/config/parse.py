@@ -361,10 +361,11 @@ def parse_args(
     derived = tuple(name for name in origin.derived if name in kept and name not in values)
     if resume == 'auto':
         from_file, origin = _settings_of_run(config)
+    config.origin = Origin(flags=tuple(values))
     if origin.derived:
         earlier = settings(**from_file)
         earlier.origin = origin
-        config.origin = Origin(derived, earlier=earlier, resumed=resume is not None)
+        config.origin = Origin(derived, earlier=earlier, resumed=resume is not None, flags=tuple(values))
     return config
 
 
@@ -394,9 +395,10 @@ def _still_meant(from_file: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     another criterion, the columns of a Hub dataset where `--data-dir` or `--labels` names files, the validation split
     where `--val-fraction` makes one."""
     dropped: list[str] = []
-    criterion = from_file.get('distill', FIELDS['distill'].default)
-    if given.get('distill', criterion) != criterion:
-        dropped += marked('belongs_to', 'distill')
+    for choice in ('distill', 'feature_distill'):
+        before = from_file.get(choice, FIELDS[choice].default)
+        if given.get(choice, before) != before:
+            dropped += marked('belongs_to', choice)
     of_hub = str(from_file.get('dataset')).startswith(('hfds/', 'hfids/'))
     if of_hub and 'dataset' not in given and ('data_dir' in given or 'labels' in given):
         dropped += ['dataset', *marked('belongs_to', 'dataset')]

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UsageError
 from ..files import cores
 from .learning_rate import LARGEST_BATCH, SGD, family_of, scaled_rate
-from .settings import FIELDS, Config, flag_of
+from .settings import FIELDS, Config, flag_of, marked, taken_by
 
 
 def auto_workers() -> int:
@@ -74,6 +74,8 @@ def _fill_in(
     given: Config, num_processes: int, images: int | None, published: Callable[..., dict[str, Any]] | None
 ) -> Config:
     c = given.changed()
+    if c.teacher_query is not None or c.teacher_answers is not None:
+        _default(c, black_box='soft', teacher_epochs=0)
     if uses_sample(c):
         _resolve_sample(c)
     accum_env = os.environ.get('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '1')
@@ -125,11 +127,9 @@ def describe_derived(config: Config) -> list[str]:
     if 'lr' in origin.derived:
         batch = real_batch(config, origin.processes or 1, origin.images)
         lines.append(f'learning rate {config.lr:.3g} ({config.opt}, batch {batch}; --lr changes it)')
-    if 'distill_warmup_epochs' in origin.derived and config.distill_warmup_epochs and config.epochs:
-        ramp = config.distill_warmup_epochs
-        lines.append(
-            f'distillation ramps up over {ramp} of {config.epochs} epoch(s) (--distill-warmup-epochs changes it)'
-        )
+    for name, what in (('distill_warmup_epochs', 'distillation'), ('feature_warmup_epochs', 'the term on features')):
+        if name in origin.derived and (ramp := getattr(config, name)) and config.epochs:
+            lines.append(f'{what} ramps up over {ramp} of {config.epochs} epoch(s) ({flag_of(name)} changes it)')
     if config.distill_token and config.distill == 'none':
         lines.append('--distill-token: without a criterion (--distill none) the labels train the mean of both heads')
     return lines
@@ -151,7 +151,7 @@ def _resolve_sample(c: Config) -> None:
         del defaults['val_split']
     if family_of(c.opt) is not SGD:
         del defaults['lr_base']
-    own_weights = c.teacher_checkpoint is not None or ':' in (c.teacher or '')
+    own_weights = c.teacher_checkpoint is not None or ':' in (c.teacher or '')  # else it is trained
     _default(c, teacher_pretrained=own_weights, teacher_epochs=0 if own_weights else None)
     _default(c, **defaults)
     _default(c, warmup_epochs=1 if min(filter(None, (c.epochs, c.teacher_epochs)), default=0) > 1 else 0)
@@ -161,6 +161,8 @@ def _check(c: Config) -> None:
     """Raise UsageError for resolved settings that contradict each other."""
     if c.resume is not None and c.experiment is None:
         raise UsageError(f'--resume {c.resume}: which run? Give its --experiment (and --output), or --resume FOLDER')
+    _check_closed(c)
+    _check_features(c)
     if c.hub_weights == 'ema' and not c.model_ema:
         raise UsageError('--hub-weights ema: needs --model-ema')
     if c.train_on_holdout and c.tune_holdout is None:
@@ -207,6 +209,57 @@ def _check(c: Config) -> None:
             )
 
 
+def _check_features(c: Config) -> None:
+    """Refuse features of a teacher that shows none, and settings of a method where there is none."""
+    if c.feature_distill == 'none':
+        for name in marked('belongs_to', 'feature_distill'):
+            if getattr(c, name) not in (None, {}, ()):
+                raise UsageError(f'{flag_of(name)}: needs --feature-distill NAME')
+        return
+    for name in ('black_box', 'teacher_query', 'teacher_answers'):
+        if (value := getattr(c, name)) is not None:
+            raise UsageError(
+                f'--feature-distill {c.feature_distill} with {flag_of(name)} {value}: a closed teacher answers, and '
+                'shows no features to learn from; leave one of the two out'
+            )
+
+
+def _check_closed(c: Config) -> None:
+    """Refuse what a closed teacher cannot be combined with, and settings of one where there is none."""
+    closed = {flag_of(n): getattr(c, n) for n in ('teacher', 'teacher_query', 'teacher_answers') if getattr(c, n)}
+    if len(closed) > 1:
+        (one, name), (other, value) = list(closed.items())[:2]
+        raise UsageError(f'{one} {name} with {other} {value}: there is one teacher; leave one of the two out')
+    of_function = ('query_retries', 'query_timeout', 'query_workers')
+    for names, needed, there in (
+        (of_function, '--teacher-query', c.teacher_query),
+        (('max_queries',), '--black-box or --teacher-query', c.black_box if c.teacher_answers is None else None),
+        (('black_box',), '--teacher or --teacher-query', c.teacher_name),
+    ):
+        for name in names:
+            if there is None and getattr(c, name) != FIELDS[name].default:
+                raise UsageError(f'{flag_of(name)} {getattr(c, name)}: needs {needed}')
+    if c.black_box == 'hard' and c.teacher_class_map is not None:
+        raise UsageError(
+            f'--teacher-class-map {c.teacher_class_map} with --black-box hard: the class that the teacher names may '
+            'have no counterpart here; --black-box soft can be mapped'
+        )
+    if c.teacher is not None or c.black_box is None:
+        return
+    flag, name = next(iter(closed.items()))
+    if c.teacher_epochs:
+        raise UsageError(f'--teacher-epochs {c.teacher_epochs}: {flag} {name} cannot be trained; leave it out')
+    for setting in set(taken_by('create_teacher')) - {'teacher', 'in_chans', 'teacher_pretrained'}:
+        if getattr(c, setting) is not None:
+            raise UsageError(f'{flag_of(setting)} {getattr(c, setting)}: {flag} {name} shows no network to set it of')
+    for setting in ('mixup', 'cutmix', 'cutmix_minmax') if c.teacher_answers is not None else ():
+        if getattr(c, setting):
+            raise UsageError(
+                f'{flag_of(setting)} with {flag} {name}: the teacher has answered for the images, and not for mixed '
+                'ones; leave one of the two out'
+            )
+
+
 def _resolve_cache(c: Config) -> None:
     """Fill in the number of augmentation epochs, and refuse what a teacher cache cannot be combined with."""
     if c.teacher_cache is None:
@@ -221,7 +274,9 @@ def _resolve_cache(c: Config) -> None:
             '--on-bad-image skip with --teacher-cache: the image that replaces a broken one is not the one that the '
             'cached logit belongs to; leave one of the two out, or leave the images out with --skip-list FILE'
         )
-    if c.teacher is None:
+    if c.teacher_answers is not None:
+        raise UsageError(f'--teacher-cache {c.teacher_cache}: the answers of --teacher-answers are on the disk already')
+    if c.teacher_name is None:
         raise UsageError(f'--teacher-cache {c.teacher_cache}: there is no --teacher')
     for name in ('mixup', 'cutmix', 'cutmix_minmax'):
         if getattr(c, name):
@@ -241,7 +296,7 @@ def _resolve_cache(c: Config) -> None:
 
 def _default_repository(config: Config) -> str:
     """Return a name for the Hub: the student's, without what stands before it (`hf-hub:user/`, a folder's path)."""
-    return f'{os.path.basename((config.student or "student").rstrip("/")).rpartition(":")[2]}-{config.distill}'
+    return f'{os.path.basename((config.student or "student").rstrip("/")).rpartition(":")[2]}-{config.method}'
 
 
 def warmup_epochs(config: Config) -> int:

@@ -92,6 +92,7 @@ class Origin:
         processes, images: training processes and images that it knew of; None: it did not, or has not run.
         earlier: the settings of an earlier run, as its args.yaml has them, on which these build.
         resumed: whether that run is continued.
+        flags: names of the settings that the command line gave.
     """
 
     derived: tuple[str, ...] = ()
@@ -99,6 +100,7 @@ class Origin:
     images: int | None = None
     earlier: Config | None = None
     resumed: bool = False
+    flags: tuple[str, ...] = ()
 
 
 @dataclass
@@ -131,6 +133,28 @@ class Config:
         used_by='create_teacher:mean')  # fmt: skip
     teacher_std: Floats | None = setting(None, MODELS, "normalisation of the teacher (default: its own config's)", gt=0,
         used_by='create_teacher:std')  # fmt: skip
+    black_box: str | None = setting(None, MODELS,
+        "a closed teacher, which answers with probabilities ('soft') or a class ('hard') and shows nothing else",
+        choices=('soft', 'hard'), used_by='QueryTeacher:answers AnswersFile:answers',
+        logits=lambda c: c.black_box is not None)  # fmt: skip
+    teacher_query: str | None = setting(None, MODELS,
+        'a closed teacher in place of --teacher: MODULE:FUNCTION takes images (uint8 NumPy [B, H, W, C]) and returns '
+        'probabilities [B, C] or classes [B]', used_by='load_query:path',
+        logits=lambda c: c.teacher_query is not None)  # fmt: skip
+    teacher_answers: str | None = setting(None, MODELS,
+        'a closed teacher in place of --teacher: a .parquet or .csv file with its answer for each image', path=True,
+        used_by='AnswersFile:path gather_facts:answers')  # fmt: skip
+    max_queries: int | None = setting(None, MODELS,
+        'images that a closed teacher may be asked about in the whole run, validation included; before a batch that '
+        'would take more, the run ends with a checkpoint', gt=0, used_by='QueryTeacher:limit',
+        resumable=True)  # fmt: skip
+    query_retries: int = setting(3, MODELS, 'how often a call of --teacher-query that fails is repeated', ge=0,
+        used_by='QueryTeacher:retries', resumable=True)  # fmt: skip
+    query_timeout: float = setting(60.0, MODELS, 'seconds that a call of --teacher-query may take; 0: any time', ge=0,
+        used_by='QueryTeacher:timeout', resumable=True)  # fmt: skip
+    query_workers: int = setting(1, MODELS,
+        'batches that --teacher-query is asked about while the steps before them train; 0: none, each step waits',
+        ge=0, used_by='QueryTeacher:workers', resumable=True)  # fmt: skip
     student_pretrained: bool = setting(False, MODELS,
         'start the student from its published weights, with a fresh head where the classes differ',
         used_by='create_student:pretrained')  # fmt: skip
@@ -159,9 +183,23 @@ class Config:
     distill_warmup_epochs: int | None = setting(None, DISTILL,
         "ramp the distillation term by min(epoch / N, 1) (default: the criterion's share of the epochs)", ge=0,
         sample=3, used_by='DistillationTask:warmup_epochs', belongs_to='distill')  # fmt: skip
+    feature_distill: str = setting('none', DISTILL, 'method on features, beside the criterion; see the table below',
+        per_run=True, used_by='create_features:name published_defaults:features')  # fmt: skip
+    feature_kwargs: dict = setting({}, DISTILL, "the method's options, as name=value: p=4",
+        used_by='create_features:options', belongs_to='feature_distill')  # fmt: skip
+    feature_loss_weight: float | None = setting(None, DISTILL,
+        "weight of the term on features (default: the method's)", ge=0, used_by='DistillationTask',
+        belongs_to='feature_distill')  # fmt: skip
+    feature_warmup_epochs: int | None = setting(None, DISTILL,
+        "ramp the term on features by min(epoch / N, 1) (default: the method's share of the epochs)", ge=0,
+        used_by='DistillationTask', belongs_to='feature_distill')  # fmt: skip
+    feature_stages: tuple[str, ...] = setting((), DISTILL,
+        'maps to compare, as numbers of `forward_intermediates`: N, or S:T of student and teacher (default: the last '
+        'of each size, paired from the deepest)', used_by='create_features:stages',
+        belongs_to='feature_distill')  # fmt: skip
     teacher_cache: str | None = setting(None, DISTILL,
         "folder to cache the teacher's logits in: those of each augmented image are computed once",
-        used_by='TeacherCache:folder', resumable=True, path=True)  # fmt: skip
+        used_by='TeacherCache:folder create_features:cache', resumable=True, path=True)  # fmt: skip
     teacher_cache_views: int | None = setting(None, DISTILL,
         'augmented versions of each image: epoch e repeats those of epoch (e - 1) mod N + 1 (default: 10, or the '
         'epochs if fewer)', ge=1, used_by='TeacherCache:augmentation_epochs')  # fmt: skip
@@ -169,6 +207,18 @@ class Config:
         choices=('float16', 'bfloat16', 'float32'), used_by='TeacherCache:dtype')  # fmt: skip
     smoothing: float | None = setting(None, DISTILL, 'label smoothing of the cross-entropy (default: 0.1)', ge=0,
         le=0.99, used_by='DistillationTask')  # fmt: skip
+    generator: str | None = setting(None, DISTILL,
+        'mekd: a generator trained before, in place of phase 1: a run folder, its folder generator, or a file',
+        used_by='prepare_generator:given', path=True, belongs_to='distill')  # fmt: skip
+    generator_epochs: int | None = setting(None, DISTILL,
+        'mekd: epochs of phase 1, which trains the generator on the training images (default: 200)', ge=1,
+        used_by='prepare_generator:epochs', belongs_to='distill')  # fmt: skip
+    generator_kwargs: dict = setting({}, DISTILL,
+        'mekd: settings of phase 1, as name=value: batch_size=64 lr=2e-4 info_weight=0.5 info=paper img_size=32',
+        used_by='prepare_generator:options', belongs_to='distill')  # fmt: skip
+    steps_per_epoch: int | None = setting(None, DISTILL,
+        'mekd: optimizer steps of an epoch of the student, on generated images (default: 500)', ge=1,
+        used_by='prepare_generator', belongs_to='distill')  # fmt: skip
     class_weights: str | None = setting(None, DISTILL,
         "weigh the classes in the student's cross-entropy: 'auto' (by inverse frequency), or a CSV file with a class "
         'and a weight a line', used_by='class_weights:weights gather_facts:weights', path=True)  # fmt: skip
@@ -200,6 +250,9 @@ class Config:
     train_on_holdout: bool = setting(False, DATA,
         'train on the share of --tune-holdout too, as the teacher of `timm-rld tune` does', flag=True,
         used_by='open_splits', per_run=True)  # fmt: skip
+    train_fraction: float | None = setting(None, DATA,
+        'train on this share of the training images alone, drawn by --seed (a teacher trained here has them all)',
+        gt=0, le=1, used_by='open_splits')  # fmt: skip
     train_num_samples: int | None = setting(None, DATA,
         'number of images of a streamed training split, where the dataset does not give it', gt=0,
         used_by='open_splits')  # fmt: skip
@@ -248,7 +301,7 @@ class Config:
         'file with images to leave out of training and validation, a path a line (below --data-dir, or absolute)',
         used_by='open_splits open_validation', resumable=True, path=True, evaluation=True)  # fmt: skip
     seed: int = setting(42, DATA, 'seed of weights, order and augmentation', ge=0, le=2**32 - 1024,
-        used_by='open_splits open_validation create_loaders Mixup', per_run=True)  # fmt: skip
+        used_by='open_splits open_validation create_loaders Mixup create_features', per_run=True)  # fmt: skip
 
     # augmentation
     no_aug: bool = setting(False, AUG, 'no augmentation', flag=True, used_by='create_loaders', logits=True)
@@ -339,7 +392,8 @@ class Config:
     channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)',
         evaluation=True)  # fmt: skip
     sync_bn: bool = setting(False, RUN, 'batch norm over all processes (GPUs)', flag=True, used_by='create_accelerator')
-    torchcompile: bool = setting(False, RUN, 'compile student, teacher and criterion', flag=True, logits=True)
+    torchcompile: bool = setting(False, RUN, 'compile student, teacher and criterion', flag=True,
+        logits=lambda c: c.teacher_query is None)  # fmt: skip
     cpu_threads: int | None = setting(None, RUN, 'threads of a process on the CPU (default: cores / local processes)',
         gt=0, used_by='create_accelerator', evaluation=True)  # fmt: skip
 
@@ -404,6 +458,11 @@ class Config:
     def origin(self, origin: Origin) -> None:
         self.__dict__['_origin'] = origin
 
+    @property
+    def teacher_name(self) -> str | None:
+        """What is distilled from: a network, a function or a file of answers; None where there is nothing."""
+        return self.teacher or self.teacher_query or (self.teacher_answers and os.path.basename(self.teacher_answers))
+
     def give(self, **values: Any) -> None:
         """Set values that are not to be derived any more."""
         for name, value in values.items():
@@ -435,6 +494,11 @@ class Config:
         """Return :meth:`arguments_of` of some functions, by function."""
         return {function: self.arguments_of(function) for function in functions}
 
+    @property
+    def method(self) -> str:
+        """What the student learns by, for names of runs: `rld`, with features `rld-at`."""
+        return self.distill if self.feature_distill == 'none' else f'{self.distill}-{self.feature_distill}'
+
     def of_logits(self) -> dict[str, Any]:
         """Return the settings that a cached logit of a training image depends on, by flag."""
         marks = ((f.name, f.metadata['logits']) for f in dataclasses.fields(self))
@@ -444,7 +508,7 @@ class Config:
         """Return the settings for training the teacher."""
         return dataclasses.replace(
             self, epochs=self.teacher_epochs, lr=self.teacher_lr or self.lr, teacher_cache=None,
-            teacher_cache_views=None,
+            teacher_cache_views=None, feature_distill='none',
         )  # fmt: skip
 
     def with_absolute_paths(self) -> Config:

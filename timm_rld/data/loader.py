@@ -54,6 +54,10 @@ class Loader:
     ) -> None:
         self.source, self.batch_size, self.world, self.accum, self.seed = source, batch_size, world, accum, seed
         self.training = training
+        self._made_of: dict[str, Any] = dict(
+            transform=transform, batch_size=batch_size, training=training, seed=seed, rank=rank, world=world,
+            accum=accum, min_batch=min_batch, workers=workers, pin_memory=pin_memory,
+        )  # fmt: skip
         self.generator = torch.Generator()
         common: dict[str, Any] = dict(
             num_workers=workers, pin_memory=pin_memory, generator=self.generator, worker_init_fn=_leave_process_group
@@ -108,6 +112,15 @@ class Loader:
         group = min(self.accum, len(self) - batch // self.accum * self.accum)
         last = (batch + 1) % self.accum == 0 or batch + 1 == len(self)
         return Step(self.batch_size, group * self.batch_size * self.world, last)
+
+    def of_the_whole(self) -> Loader:
+        """Return a loader like this one of the whole split where this one has a share of it (`--train-fraction`), else
+        itself."""
+        if self.source.whole is None:
+            return self
+        loader = Loader(self.source.whole, **self._made_of)
+        loader.dataset.bad_images = self.dataset.bad_images
+        return loader
 
     @property
     def can_start_within(self) -> bool:
@@ -201,7 +214,7 @@ def create_loaders(
     )  # fmt: skip
     center = eval_transform(
         c['input_size'], interpolation=c['interpolation'], crop_pct=c['crop_pct'], crop_mode=c['crop_mode'],
-        jpeg_draft=jpeg_draft,
+        mean=c['mean'], jpeg_draft=jpeg_draft,
     )  # fmt: skip
     return (
         Loader(train, augment, batch_size, training=True, accum=grad_accum_steps, min_batch=min_batch, **place),

@@ -26,6 +26,8 @@ from .transforms import DraftTransform
 
 # What a derived seed is for, so that no two uses share a stream.
 SAMPLE, ORDER, MIX, STREAM, STREAM_SAMPLE, REPLACEMENT = range(6)
+FEATURE_LAYERS = 8  # 6 and 7 belong to studies of poisoned teachers
+SHARE, NOISE, GENERATOR, SHOWN = range(12, 16)  # a share of the images; of MEKD: noise, phase 1, images that are shown
 
 
 def derive_seed(*key: int) -> int:

@@ -52,6 +52,7 @@ class Source:
         unlisted: lines of the `--skip-list` that name no image of the split.
         part: where the split is a part of the dataset, the places in the dataset of its images; else None.
         unlabeled: images without a label, which were left out.
+        whole: the split of which this is a share (:func:`timm_rld.data.splits.take_share`); None where it is none.
     """
 
     dataset: Any
@@ -66,6 +67,7 @@ class Source:
     unlisted: frozenset[str] = frozenset()
     part: NDArray[np.int64] | None = field(default=None, compare=False)
     unlabeled: int = 0
+    whole: Source | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         """Images of the split; of a streamed one, those that one process reads."""

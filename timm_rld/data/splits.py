@@ -15,6 +15,7 @@ from ..errors import UserError
 from .holdout import stratified_holdout
 from .names import TRAIN_NAMES, VALIDATION_NAMES, first_named, some
 from .overlap import overlap
+from .replay import SHARE, derive_seed
 from .sources import SAMPLE_NOTE, Source, open_split
 from .table import SPLIT_COLUMN, Table, read_table
 from .tune_holdout import hold_out_to_tune
@@ -38,6 +39,7 @@ def open_splits(
     validation_batch_size: int = 1,
     tune_holdout: float | None = None,
     train_on_holdout: bool = False,
+    train_fraction: float | None = None,
     log: Callable[[str], object] = lambda _: None,
     **kwargs: Any,
 ) -> tuple[Source, Source]:
@@ -51,6 +53,7 @@ def open_splits(
         val_seed: of the part that is held out; None for ``seed``.
         tune_holdout, train_on_holdout: in the place of the validation split, which is not opened, hold out a share of
             the training split, or of what ``val_fraction`` leaves of it (:func:`hold_out_to_tune`).
+        train_fraction: of what is then left to train on, take this share alone (:func:`take_share`).
         log: prints a line: what was taken, and what is odd about it.
 
     Returns:
@@ -96,6 +99,9 @@ def open_splits(
             log(f'Warning: {same}')
         if note := classes_not_validated(train, val):
             log(note)
+    if train_fraction is not None:
+        train = take_share(train, train_fraction, seed)
+        log(f'--train-fraction {train_fraction:g}: {_count(len(train), "image")} of {len(train.whole or ()):,}')
     if note := classes_without_images(train):
         log(note)
     return train, val
@@ -164,6 +170,25 @@ def hold_out(source: Source, fraction: float, seed: int) -> tuple[Source, Source
     kept, held = stratified_holdout(targets, source.keys(), fraction, seed)
     name = 'held-out part' if source.split == '.' else f'held-out part of {source.split}'
     return source.subset(kept), source.subset(held, split=name)
+
+
+def take_share(source: Source, fraction: float, seed: int) -> Source:
+    """Return a share of a split: the first floor(fraction · N + ½) images of a permutation that follows from the seed,
+    in the order of the split. No label is read, and a smaller share is part of a larger one.
+
+    Raises:
+        UserError: for a stream, whose length is not known, and where no image would be left.
+    """
+    flag = f'--train-fraction {fraction:g}'
+    if source.streamed:
+        raise UserError(f'{flag}: a streamed dataset cannot be divided; use hfds/… or a folder')
+    count = int(fraction * len(source) + 0.5)
+    if not count:
+        raise UserError(f'{flag}: no image of {_count(len(source), "image")} would be left; give a larger share')
+    order = np.random.default_rng(derive_seed(SHARE, seed)).permutation(len(source))
+    share = source.subset(np.sort(order[:count]))
+    share.whole = source
+    return share
 
 
 def listed(source: Source, classes: Iterable[int], at_most: int = 5) -> str:

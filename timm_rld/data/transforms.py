@@ -226,13 +226,20 @@ def eval_transform(
     interpolation: str,
     crop_pct: float,
     crop_mode: str | None = None,
+    mean: tuple[float, ...] | None = None,
     jpeg_draft: bool = False,
 ) -> Transform:
     """timm's validation transform with uint8 output `[C, H, W]`; ``jpeg_draft`` not with crop mode `border`, nor with
-    images that are not square."""
+    images that are not square.
+
+    Args:
+        mean: of the normalisation: the colour of the border with crop mode `border`; None for timm's default.
+        Others: as in timm's `create_transform`.
+    """
     from timm.data import create_transform
 
+    fill: dict[str, Any] = {} if mean is None else {'mean': mean}
     transform = create_transform(
-        input_size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode, normalize=False
+        input_size, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode, normalize=False, **fill
     )
     return _compose(transform.transforms, input_size[0], jpeg_draft)

@@ -28,7 +28,8 @@ from ..files import sync_folder, write_synced
 from ..run_folder import best_epoch, outcome
 
 FORMAT = 3
-_NAME = re.compile(r'(teacher|student)-epoch(\d+)-(?:batch(\d+)|end)')
+PHASES = ('teacher', 'generator', 'student')  # in their order
+_NAME = re.compile(rf'({"|".join(PHASES)})-epoch(\d+)-(?:batch(\d+)|end)')
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Position:
     """Where in a training a checkpoint stands.
 
     Attributes:
-        phase: `teacher` or `student`.
+        phase: `teacher`, `generator` or `student`.
         epoch: 1-based.
         batch: batches of the epoch that are done, always at the end of an accumulation group. As many as the epoch
             has: trained, and not yet evaluated. None: the epoch is over.
@@ -55,11 +56,11 @@ class Position:
         return f'{self.phase}-epoch{self.epoch:04}-{end}'
 
 
-def _order(name: str) -> tuple[bool, int, float]:
+def _order(name: str) -> tuple[int, int, float]:
     match = _NAME.fullmatch(name)
     assert match is not None, name
     phase, epoch, batch = match.groups()
-    return phase == 'student', int(epoch), float('inf') if batch is None else int(batch)
+    return PHASES.index(phase), int(epoch), float('inf') if batch is None else int(batch)
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Checkpoint:
         position: where it stands.
         history: rows of the finished epochs.
         lr: the learning rate at which the epoch began.
-        weights: state dicts by name: `model`, and `ema` if there is one.
+        weights: state dicts by name: `model`, and `ema` or `discriminator` if there is one.
         state: optimizer, scheduler, scaler, criterion, and for each process its generators, buffers and sums.
     """
 
@@ -139,7 +140,8 @@ class Checkpoints:
         at = checkpoint.position
         if self.on_epoch_end is not None and at.phase == 'student' and at.batch is None:
             self.on_epoch_end(final, checkpoint.history, outcome(checkpoint.history, self.best_by))
-        self._prune(best_epoch(checkpoint.history, self.best_by) if checkpoint.history else 0)
+        evaluated = bool(checkpoint.history) and at.phase != 'generator'
+        self._prune(best_epoch(checkpoint.history, self.best_by) if evaluated else 0)
         return final
 
     def _prune(self, best: int) -> None:

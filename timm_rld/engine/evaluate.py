@@ -21,13 +21,14 @@ class Interrupted(Exception):
 
 @torch.inference_mode()
 def evaluate(
-    predict: Callable[[Tensor], Tensor],
+    predict: Callable[..., Tensor],
     loader: Loader,
     accelerator: Accelerator,
     reference: Tensor | None = None,
     title: str = 'teacher',
     interrupted: Callable[[], bool] = lambda: False,
     on_batch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    with_indices: bool = False,
 ) -> tuple[dict[str, float], Tensor]:
     """Loss and accuracy over a validation split, each image counted once, whatever the number of processes.
 
@@ -39,6 +40,7 @@ def evaluate(
         title: for messages.
         interrupted: called after each batch; once it returns true on one process, the evaluation ends on all.
         on_batch: called with the indices, classes and logits of each batch.
+        with_indices: ``predict`` takes the indices of the images `[B]` too.
 
     Returns:
         `loss` (cross-entropy), `top1`, `top5`, `macro` (percent; the mean of the classes' top-1, over those that have
@@ -56,7 +58,7 @@ def evaluate(
     for pixels, target, indices in loader:
         pixels, target = pixels.to(device, non_blocking=True), target.to(device, non_blocking=True)
         with accelerator.autocast():
-            logits = predict(pixels)
+            logits = predict(pixels, indices) if with_indices else predict(pixels)
         evaluator.update(logits, target)
         predictions.append(logits.argmax(dim=1))
         targets.append(target)

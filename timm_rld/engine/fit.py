@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -20,9 +20,10 @@ from ..data import Loader, Mixup
 from ..data.loader import Batch
 from ..data.sampler import Step
 from ..distributed import all_reduce_max, main_writes
-from ..errors import Stopped
+from ..errors import Stopped, UserError
 from ..run_folder import best_epoch
 from ..task import DistillationTask
+from .asking import asking
 from .checkpoint import Checkpoints
 from .evaluate import Interrupted, evaluate
 from .faults import FiniteCheck, StopSignals
@@ -67,7 +68,7 @@ def fit(
 
     Raises:
         UserError: where a loss or gradient is not finite, or a checkpoint cannot be written.
-        Stopped: after SIGTERM or SIGINT, with a checkpoint written.
+        Stopped: after SIGTERM or SIGINT, or where no query is left for the next step, with a checkpoint written.
     """
     assert config.epochs is not None  # resolve() fills it in
     if task.criterion is not None and task.warmup_epochs > config.epochs:
@@ -122,22 +123,23 @@ def train_epoch(
     augmentation_epoch = (epoch - 1) % (config.teacher_cache_views or config.epochs) + 1
     loader.set_epoch(epoch, state.batch, augmentation_epoch)
     timer.start()
-    for number, batch in enumerate(loader, state.batch):
-        timer.lap('data')
-        step = loader.step(number)
-        result = train_step(state, batch, number, step, mixup)
-        group.add(result, batch[2], step.count)
-        timer.lap('student')
-        if not step.last:
-            continue
-        optimizer_step(state, group, number, config, pauses)
-        group = Group()
-        state.batch = number + 1
-        if progress.due(number) and state.means.count:
-            progress.show(number)
-        timer.lap('other')
-        if state.batch < batches:  # at the end of the epoch there is more to be done before a checkpoint
-            pauses.after_step()
+    with asking(state, loader, mixup, pauses) as numbered:
+        for number, batch in numbered:
+            timer.lap('data')
+            step = loader.step(number)
+            result = train_step(state, batch, number, step, mixup)
+            group.add(result, batch[2], step.count)
+            timer.lap('student')
+            if not step.last:
+                continue
+            optimizer_step(state, group, number, config, pauses)
+            group = Group()
+            state.batch = number + 1
+            if progress.due(number) and state.means.count:
+                progress.show(number)
+            timer.lap('other')
+            if state.batch < batches:  # at the end of the epoch there is more to be done before a checkpoint
+                pauses.after_step()
     pauses.check.wait()
     if task.cache is not None:
         with state.accelerator.autocast():
@@ -177,11 +179,11 @@ def train_step(state: TrainState, batch: Batch, number: int, step: Step, mixup: 
     pixels, mixed = mixup(pixels, target, state.epoch, number)
     timer.lap('other')
     with accelerator.autocast():
-        teacher_logits = task.teacher_logits(pixels, target, indices, state.epoch)
+        teacher = task.ask_teacher(pixels, target, indices, state.epoch)
     timer.lap('teacher')
     with contextlib.nullcontext() if step.last else accelerator.no_sync(task.trainable_module):
         with accelerator.autocast():
-            result = task(pixels, mixed, teacher_logits)
+            result = task(pixels, mixed, *teacher)
         # DDP averages over processes: times their number, it is a sum
         accelerator.backward(result['loss'] * (step.count * accelerator.num_processes / step.group))
     return result
@@ -190,7 +192,8 @@ def train_step(state: TrainState, batch: Batch, number: int, step: Step, mixup: 
 def optimizer_step(state: TrainState, group: Group, number: int, config: Config, pauses: Pauses) -> None:
     """Update the weights, unless the step is to be skipped."""
     task, accelerator, optimizer = state.task, state.accelerator, state.optimizer
-    for p in task.criterion_parameters() if accelerator.num_processes > 1 else ():  # they are not in DDP
+    learned = [*task.criterion_parameters(), *task.feature_parameters()]
+    for p in learned if accelerator.num_processes > 1 else ():  # they are not in DDP
         p.grad = accelerator.reduce(p.grad, 'mean')
     if config.clip_grad is not None:
         accelerator.unscale_gradients(optimizer)
@@ -297,6 +300,29 @@ class Pauses:
             self._pause(None, due, stop)
             self._pause(None, False, self._received(), saved=due)  # a signal while the checkpoint was written
 
+    def while_waiting(self) -> None:
+        """Before a step, while its answers are not there. With several processes none can stop alone."""
+        if self.state.accelerator.num_processes == 1:
+            self._pause(self.state.batch, False, self.signals.received)
+
+    def out_of_queries(self, used: int, needed: int) -> NoReturn:
+        """Before a step that a closed teacher may not be asked about any more (`--max-queries`).
+
+        Args:
+            used, needed: images, of the whole run so far, and of the step.
+        """
+        self._pause(self.state.batch, True, 0)
+        raise Stopped(
+            f'--max-queries: {used:,} are used, and the next step needs {needed:,} more; stopped {self._where()}'
+            f'{self._continues(" --max-queries N")}',
+            1,
+        )
+
+    def no_answer(self, reason: str) -> NoReturn:
+        """Before a step that a closed teacher does not answer for; called on every process."""
+        self._pause(self.state.batch, True, 0)
+        raise UserError(f'{reason}{self._continues()}')
+
     def _received(self) -> int:
         return all_reduce_max(self.state.accelerator, self.signals.received)[0]
 
@@ -314,11 +340,16 @@ class Pauses:
             self.state.save(self.checkpoints, batch)
             self.saved_at, self.check.overdue = time.monotonic(), False
             self.state.timer.start()
-        if not stop:
-            return
-        message = f'stopped by {signal.Signals(stop).name} in epoch {self.state.epoch} of the {self.state.phase}'
-        if self.checkpoints is not None:
-            message += f'; accelerate launch train_distill.py --resume {self.checkpoints.folder.parent} continues'
-            if not self.loader.can_start_within:
-                message += ' from the end of the epoch before, since a stream cannot be entered in the middle'
-        raise Stopped(message, 128 + stop)
+        if stop:
+            raise Stopped(f'stopped by {signal.Signals(stop).name} {self._where()}{self._continues()}', 128 + stop)
+
+    def _where(self) -> str:
+        return f'in epoch {self.state.epoch} of the {self.state.phase}'
+
+    def _continues(self, more: str = '') -> str:
+        if self.checkpoints is None:
+            return ''
+        text = f'; accelerate launch train_distill.py --resume {self.checkpoints.folder.parent}{more} continues'
+        if not self.loader.can_start_within:
+            text += ' from the end of the epoch before, since a stream cannot be entered in the middle'
+        return text

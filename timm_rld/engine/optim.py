@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from ..cache import answers_kind
 from ..config import Config, warmup_epochs
 from ..errors import UsageError, UserError, did_you_mean
+from ..loss.features import check_features
+from ..pairing import load_query
+from ..task import DistillationTask
+from .mekd_settings import check_generated
 
 _FUSED = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')  # those of torch that have it on CPUs and GPUs
 
@@ -38,11 +43,36 @@ def create_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer
         raise UserError(f'--opt {config.opt}: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
 
+def add_criteria(optimizer: torch.optim.Optimizer, task: DistillationTask, config: Config) -> None:
+    """Give an optimizer what a task's criteria learn: the layers of a method on features with the student's weight
+    decay, anything else without."""
+    if learned := task.criterion_parameters():
+        optimizer.add_param_group({'params': learned, 'weight_decay': 0.0})
+    if task.feature_criterion is None or not (layers := task.feature_parameters()):
+        return
+    groups = [{'params': layers, 'weight_decay': config.weight_decay}]
+    if not config.weight_decay_all:
+        groups = param_groups_weight_decay(task.feature_criterion, config.weight_decay)
+    for group in groups:
+        optimizer.add_param_group(group)
+
+
 def check_settings(config: Config) -> None:
-    """Raise an error, before anything is built, where a network is not named, or for an optimizer or schedule that
-    cannot be had with these settings."""
-    if config.student is None or (config.teacher is None and config.distill != 'none'):
+    """Raise an error, before anything is built, where a network is not named, the function or file of a closed teacher
+    is not there, for a method on features, or for an optimizer or schedule that cannot be had with these settings.
+    Fills in what a file of answers holds (`--black-box`)."""
+    distils = config.distill != 'none' or config.feature_distill != 'none'
+    if config.student is None or (config.teacher_name is None and distils):
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
+    check_features(config.feature_distill, config.feature_kwargs, config.distill)
+    check_generated(config)
+    if config.teacher_query is not None:
+        load_query(config.teacher_query)
+    if config.teacher_answers is not None and (kind := answers_kind(config.teacher_answers)) != config.black_box:
+        if 'black_box' in config.origin.derived:
+            config.give(black_box=kind)
+        elif kind == 'hard':
+            raise UsageError(f'--teacher-answers {config.teacher_answers}: holds classes; --black-box hard takes them')
     known = [str(name) for name in list_optimizers()]
     if config.opt.lower() not in known:
         raise UsageError(f'--opt {config.opt}: unknown optimizer{did_you_mean(config.opt, known)}')

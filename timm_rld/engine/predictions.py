@@ -139,15 +139,20 @@ def figures(table: Columns, name: str, temperature: float, num_classes: int) -> 
         num_classes: of the dataset.
 
     Returns:
-        `top1`, `top1_interval` (Wilson, 95%) and `macro_top1` in percent, `ece` (15 bins), `best_temperature`, `loss`.
+        `top1`, `top1_interval` (Wilson, 95%) and `macro_top1` in percent; and, but of a teacher that gave classes
+        alone, `ece` (15 bins), `best_temperature`, `loss`.
     """
     target, top1 = table['target'], table[f'{name}_top1']
     right = top1 == target
     correct, n = int(right.sum()), len(target)
-    return {
+    found: dict[str, Any] = {
         'top1': 100 * correct / max(n, 1),
         'top1_interval': [100 * x for x in metrics.wilson(correct, n)],
         'macro_top1': 100 * metrics.macro(target, top1, num_classes),
+    }
+    if np.isnan(table[f'{name}_top1_prob']).any():  # a closed teacher's class, without a probability
+        return found
+    return found | {
         'ece': metrics.ece(table[f'{name}_top1_prob'], right),
         'best_temperature': temperature,
         'loss': float(table[f'{name}_loss'].mean(dtype=np.float64)),

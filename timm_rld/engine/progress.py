@@ -51,7 +51,7 @@ class Progress:
             eta = elapsed / max(done - self.first, 1) * (self.epochs * self.batches - done)
             print(
                 f'{state.phase} epoch {state.epoch}/{self.epochs} [{batch + 1}/{self.batches}] {losses} lr {lr:.3g} '
-                f'{rate:.0f} img/s eta {_duration(eta)}',
+                f'{rate:.0f} img/s eta {duration(eta)}',
                 flush=True,
             )
         self.unshown = 0
@@ -60,8 +60,9 @@ class Progress:
         """Show an epoch's row of the log."""
         if not self.active:
             return
-        parts = f' (task {row["train_task_loss"]:.4f} kd {row["train_kd_loss"]:.4f})'
-        kd = '' if math.isnan(row['train_kd_loss']) else parts
+        terms = {'task': row['train_task_loss'], 'kd': row['train_kd_loss']}
+        shown = ' '.join(f'{name} {value:.4f}' for name, value in terms.items() if not math.isnan(value))
+        kd = '' if math.isnan(row['train_kd_loss']) else f' ({shown})'
         ema = f' ema {row["eval_top1_ema"]:.2f}' if 'eval_top1_ema' in row else ''
         done = row['epoch'] * self.batches - self.first
         left = (self.epochs - row['epoch']) * self.batches
@@ -69,7 +70,7 @@ class Progress:
         line = (
             f'{self.state.phase} epoch {row["epoch"]:.0f}/{self.epochs}  loss {row["train_loss"]:.4f}{kd}  '
             f'top-1 {row["eval_top1"]:.2f}{ema}  lr {row["lr"]:.3g}  {row["images_per_second"]:.0f} img/s  '
-            f'eta {_duration(eta)}'
+            f'eta {duration(eta)}'
         )
         if self.bar is not None:
             self.bar.update(self.unshown)
@@ -81,7 +82,7 @@ class Progress:
             print(line, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -13,9 +14,11 @@ from ..cache import TeacherCache
 from ..config import Config
 from ..data import Loader
 from ..distributed import main_only, main_writes
-from ..pairing import Pair, teacher_skeleton, to_memory_format
+from ..pairing import Pair, Teacher, teacher_skeleton, to_memory_format
 from ..task import DistillationTask
+from .asking import sum_over_processes
 from .checkpoint import Checkpoints, Damaged, Position, read_checkpoint
+from .generated import describe_generated
 from .predictions import Recorder, figures, gather, record, write_predictions
 from .speed import Network, latencies, size_of
 from .state import wants_channels_last
@@ -90,7 +93,9 @@ def describe_models(
         folder: of the run.
 
     Returns:
-        `student` and `teacher`: size (:func:`size_of`), speed (:func:`latencies`) and :func:`figures`.
+        `models`: of `student` and `teacher` size (:func:`size_of`), speed (:func:`latencies`) and :func:`figures`; of a
+        closed teacher what can be known of it, and what it answers with; of a student trained on generated images also
+        `generator` (:func:`describe_generated`). `queries`: images that the closed teacher was asked about.
     """
     recorders: dict[str, Recorder] = {}
     if config.epochs:
@@ -99,13 +104,25 @@ def describe_models(
     if teacher.top1 is not None:
         recorders['teacher'] = teacher.recorder or _from_cache(teacher.cache, recorders['student'])
     table = gather(recorders, accelerator, pair.num_classes, in_order=loader.sampler is None)
+    if config.black_box == 'hard' and 'teacher' in recorders:
+        for column in ('top1_prob', 'target_prob', 'loss'):  # it gave none
+            table[f'teacher_{column}'] = np.full_like(table[f'teacher_{column}'], np.nan)
     if not config.no_predictions and 'student' in recorders:
         main_writes(accelerator, folder, write_predictions, folder / 'predictions.parquet', table, loader)
     sizes = main_only(accelerator, lambda: describe_size_and_speed(pair, accelerator, config, list(recorders)))
-    return {
+    models = {
         name: {**sizes[name], **figures(table, name, recorder.temperature, pair.num_classes)}
         for name, recorder in recorders.items()
     }
+    if config.black_box is not None and 'teacher' in models:
+        models['teacher'] = {'answers': config.black_box, **models['teacher']}
+    if (folder / 'generator').is_dir() and config.epochs:
+        models['generator'] = main_only(accelerator, lambda: describe_generated(pair, accelerator, config, folder))
+    if teacher.queries is None:
+        return {'models': models}
+    queries = sum_over_processes(teacher.queries.count, accelerator)
+    accelerator.print(f'the teacher was asked about {queries:,} image(s)')
+    return {'models': models, 'queries': queries}
 
 
 def record_student(pair: Pair, loader: Loader, accelerator: Accelerator, config: Config) -> Recorder:
@@ -135,6 +152,8 @@ def describe_size_and_speed(
     folded, and with a complete cache none is; then its speed is left out. What cannot be found, as for want of memory,
     is left out with a note: a run that has ended must not fail here.
 
+    Of a closed teacher neither is known.
+
     Args:
         names: `student`, `teacher`, or both.
     """
@@ -151,13 +170,13 @@ def describe_size_and_speed(
     size, networks = pair.data_config['input_size'], {'student': (pair.student, pair.normalize)}
     if 'student' in found:
         add('size of the student', lambda: {'student': size_of(pair.student, size)})
-    if 'teacher' in found:
+    if 'teacher' in found and config.black_box is None:
         of_teacher = dict(config.arguments_of('create_teacher'), num_classes=pair.num_classes)
         add(
             'size of the teacher',
             lambda: {'teacher': size_of(*teacher_skeleton(image_size=pair.image_size, **of_teacher))},
         )
-        if pair.teacher is not None:
+        if isinstance(pair.teacher, Teacher):
             networks['teacher'] = pair.teacher.model, pair.teacher.normalize
     if not config.no_speed:
         there: dict[str, Network] = {name: network for name, network in networks.items() if name in found}

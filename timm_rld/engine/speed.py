@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,38 +77,55 @@ def latencies(
         For each network `latency_ms`, by batch size as a text, and `latency_device`.
     """
     device = accelerator.device
-    frozen = {}
-    for name, (model, normalize) in networks.items():
-        network = Teacher(copy.deepcopy(model).cpu(), copy.deepcopy(normalize).cpu())
-        network.optimize_for_inference(tuple(input_size), channels_last)  # type: ignore[arg-type]
-        frozen[name] = network.to(device)
+    frozen = {
+        name: frozen_network(*network, input_size, channels_last).to(device) for name, network in networks.items()
+    }
     found: dict[str, dict[str, float]] = {name: {} for name in networks}
     for batch_size in dict.fromkeys(batch_sizes):
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, (batch_size, *input_size), generator=generator, dtype=torch.uint8).to(device)
-        for name, seconds in _interleaved(frozen, pixels, accelerator).items():
-            found[name][str(batch_size)] = float(f'{1000 * statistics.median(seconds):.4g}')
+
+        def run(network: Teacher, pixels: Tensor = pixels) -> None:
+            with accelerator.autocast():
+                network(pixels)
+
+        passes = {name: functools.partial(run, network) for name, network in frozen.items()}
+        for name, ms in median_ms(passes, device).items():
+            found[name][str(batch_size)] = ms
     return {name: {'latency_ms': ms, 'latency_device': device_name(device)} for name, ms in found.items()}
 
 
-def _interleaved(networks: dict[str, Teacher], pixels: Tensor, accelerator: Accelerator) -> dict[str, list[float]]:
-    """Return the seconds of each pass. Of passes so long that there is no time for a second one, the first counts."""
-    wait = torch.cuda.synchronize if pixels.device.type == 'cuda' else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
+def frozen_network(model: nn.Module, normalize: Normalize, input_size: Sequence[int], channels_last: bool) -> Teacher:
+    """Return a copy of a network, on the CPU, as this package runs one that is not trained: uint8 pixels to logits,
+    batch norms folded.
+
+    Args:
+        input_size: (C, H, W) of the pixels.
+        channels_last: the memory layout.
+    """
+    network = Teacher(copy.deepcopy(model).cpu(), copy.deepcopy(normalize).cpu())
+    network.optimize_for_inference(tuple(input_size), channels_last)  # type: ignore[arg-type]
+    return network
+
+
+def median_ms(passes: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Return the median milliseconds of each of some passes, which take turns for about a second. Of passes so long
+    that there is no time for a second one, the first counts."""
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
     begin = time.perf_counter()
     for number in range(WARM_UP + ROUNDS):
-        for name, network in networks.items():
+        for name, run in passes.items():
             wait()
             started = time.perf_counter()
-            with accelerator.autocast():
-                network(pixels)
+            run()
             wait()
             seconds[name].append(time.perf_counter() - started)
         if number + 1 == WARM_UP and time.perf_counter() - begin < SECONDS:
-            seconds = {name: [] for name in networks}
+            seconds = {name: [] for name in passes}
         if time.perf_counter() - begin > SECONDS:
             break
-    return seconds
+    return {name: float(f'{1000 * statistics.median(values):.4g}') for name, values in seconds.items()}
 
 
 def device_name(device: torch.device) -> str:

@@ -20,7 +20,7 @@ from ..pairing import to_memory_format
 from ..task import DistillationTask
 from .checkpoint import Checkpoint, Checkpoints, Position
 from .log import Means, Timer
-from .optim import create_optimizer, create_scheduler
+from .optim import add_criteria, create_optimizer, create_scheduler
 
 
 def wants_channels_last(config: Config, accelerator: Accelerator) -> bool:
@@ -66,15 +66,15 @@ class TrainState:
         if config.model_ema:
             task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         optimizer = create_optimizer(self.module, config)
-        if learned := task.criterion_parameters():
-            optimizer.add_param_group({'params': learned, 'weight_decay': 0.0})
+        add_criteria(optimizer, task, config)
         self.scheduler = create_scheduler(optimizer, config, updates_per_epoch)
         if config.torchcompile:
             task.compile()
-        task.eval_model = task.trainable_module  # what evaluate() may call: not yet in DDP
+        else:
+            task.eval_model = task.trainable_module  # what evaluate() may call: not in DDP
         if accelerator.scaler is not None:  # else the student began with the scale at which its teacher ended
             accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
-        task.trainable_module, self.optimizer = accelerator.prepare(task.trainable_module, optimizer)
+        task.trainable_module, self.optimizer = accelerator.prepare(task.module_to_wrap(), optimizer)
         self.epoch, self.batch, self.updates = 1, 0, 0
         self.history: list[dict[str, float]] = []
         self.start_epoch()
@@ -186,9 +186,10 @@ class TrainState:
 
     def release(self) -> None:
         """Unwrap the trained module, contiguous, and free what Accelerate holds."""
-        self.task.trainable_module = self.accelerator.unwrap_model(
+        self.accelerator.unwrap_model(
             self.task.trainable_module, keep_fp32_wrapper=False, keep_torch_compile=False
-        )
+        )  # which also gives the module its own forward() back
+        self.task.unwrap(self.module)
         self.task.to(memory_format=torch.contiguous_format)
         self.accelerator.free_memory()
 

@@ -14,7 +14,7 @@ import yaml
 
 from ..config import flag_of, marked
 from ..errors import UserError
-from ..run_folder import RunFiles
+from ..run_folder import RunFiles, read_exports
 
 BEGIN = '<!-- timm_rld begins: what stands between these two lines is rewritten by each push -->'
 END = '<!-- timm_rld ends -->'
@@ -177,17 +177,33 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
         'library_name': 'timm',
         'pipeline_tag': 'image-classification',
         'license': license,
-        'tags': ['image-classification', 'timm', 'distillation', results['distill'], 'timm_rld'],
+        'tags': ['image-classification', 'timm', 'distillation', *_methods(results), 'timm_rld'],
     }
     kind, _, hub_name = settings['dataset'].partition('/') if settings.get('dataset') else ('', '', '')
     if kind in ('hfds', 'hfids') and '/' in hub_name:
         header['datasets'] = [hub_name]
     teacher = settings.get('teacher') or ''
-    if teacher.startswith('hf-hub:') and results['distill'] != 'none':
+    if teacher.startswith('hf-hub:') and _methods(results) != ['none']:
         header['base_model'] = teacher.removeprefix('hf-hub:')
         header['base_model_relation'] = 'finetune'
     header['model-index'] = eval_results_to_model_index(name, evaluated)
     return header
+
+
+def _methods(results: dict[str, Any]) -> list[str]:
+    """Return what a run distilled by: a criterion, a method on features, or both; else `none` alone."""
+    both = results['distill'], results.get('feature_distill', 'none')
+    return [name for name in both if name != 'none'] or ['none']
+
+
+def _features(settings: dict[str, Any]) -> list[str]:
+    """Return a line about the method on features of a run, if there is one."""
+    if settings.get('feature_distill', 'none') == 'none':
+        return []
+    options = ', '.join(f'{k} {v}' for k, v in settings['feature_kwargs'].items()) or 'as published'
+    return [
+        f'- Features: `{settings["feature_distill"]}` (options: {options}), weight {settings["feature_loss_weight"]:g}.'
+    ]
 
 
 def chosen_metrics(run: RunFiles, weights: str) -> dict[str, float | None]:
@@ -210,10 +226,13 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         'best': f'those of epoch {metrics["epoch"]:.0f}, chosen as the best on the validation split itself',
         'ema': 'the moving average of the weights, after the last epoch',
     }[weights]
-    distilled, dataset = results['distill'] != 'none', _literal(_dataset(settings))
+    methods, dataset = _methods(results), _literal(_dataset(settings))
+    distilled = methods != ['none']
     lines = [BEGIN, '', f'# {repo_id.partition("/")[2] or repo_id}', '']
+    taught_by = settings.get('teacher') or results.get('teacher') or ''
     if distilled:
-        learned = f'that learned from {_code(settings["teacher"])} by `{results["distill"]}` distillation'
+        by = ' and '.join(f'`{m}`' for m in methods)
+        learned = f'that learned from {_code(taught_by)} by {by} distillation'
     else:
         learned = 'trained without distillation'
     lines += [f'`{config["architecture"]}` {learned} on {dataset}, with timm_rld.', '']
@@ -238,12 +257,15 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     lines += ['## Figures', '', f'On {part}the split {split} of {dataset}, each image counted once.', '',
               '| | |', '| --- | --- |', *(f'| {a} | {b} |' for a, b in rows), '',
               f'The weights here are {which}.', '', *size_and_speed(results)]  # fmt: skip
+    lines += exports_table(run)
     if has_curve:
         lines += ['![Loss and accuracy over the epochs](curve.png)', '']
     lines += ['## How it was made', '']
     if distilled:
         options = ', '.join(f'{k} {v}' for k, v in results['distill_options'].items()) or 'none'
-        teacher = f'- Teacher: {_code(settings["teacher"])}'
+        teacher = f'- Teacher: {_code(taught_by)}'
+        if answers := settings.get('black_box'):
+            teacher += f', of which nothing was used but its {"probabilities" if answers == "soft" else "classes"}'
         if results.get('teacher_sha256'):
             teacher += f', SHA-256 of its weights `{results["teacher_sha256"][:16]}…`'
         if settings.get('teacher_epochs'):
@@ -252,6 +274,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
             teacher,
             f'- Criterion: `{results["distill"]}` (options: {options}), weight {settings["distill_loss_weight"]:g}, '
             f'cross-entropy {settings["task_loss_weight"]:g}. {results.get("paper") or ""}'.rstrip(' '),
+            *_features(settings),
         ]
         if settings.get('distill_token'):
             lines.append(
@@ -299,6 +322,25 @@ def size_and_speed(results: dict[str, Any]) -> list[str]:
         *(f'| {name} | {" | ".join(cells)} |' for name, cells in rows.items()), '',
         f'Calibration: on 15 bins of the confidence; the temperature is the one with the lowest loss.{device}', '',
     ]  # fmt: skip
+
+
+def exports_table(run: RunFiles) -> list[str]:
+    """Return a section on the exports that lie in a run folder; nothing where there are none."""
+    exports = read_exports(run.folder)
+    if not exports:
+        return []
+    head = '| file | weights | precision | MB | top-1 | same class as torch | largest difference of logits |'
+    lines = ['## Exports', '', head, '| --- ' * 7 + '|']
+    for e in exports:
+        check = e.about['check']
+        cells = ['not checked', '', '']
+        if check:
+            cells = [f'{check["top1"]["file"]:.2f} %', f'{100 * check["same_top1"]:.2f} %',
+                     f'{check["largest_difference"]:.2g}']  # fmt: skip
+        about = [_code(e.file.name), e.about['weights'], e.about['precision'], f'{e.about["bytes"] / 1e6:.1f}']
+        lines.append(f'| {" | ".join([*about, *cells])} |')
+    program = _code(f'python {exports[0].file.name}.py IMAGE')
+    return [*lines, '', f'Preprocessing and labels are in the files, and beside each as JSON; {program} uses one.', '']
 
 
 def usage(architecture: str, repo_id: str, in_chans: int = 3) -> list[str]:

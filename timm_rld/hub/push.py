@@ -18,7 +18,7 @@ import yaml
 
 from ..errors import Stopped, UserError, writing
 from ..offline import hub_in_reach
-from ..run_folder import RunFiles, read_run
+from ..run_folder import RunFiles, read_exports, read_run
 from .card import (
     card_header,
     card_section,
@@ -90,7 +90,8 @@ def push_run(
     after: BackgroundPush | None = None,
     log: Callable[[str], None] = print,
 ) -> str:
-    """Push a finished run: model.safetensors, config.json, the card, its curve, results.json, args.yaml, summary.csv.
+    """Push a finished run: model.safetensors, config.json, the card, its curve, results.json, args.yaml, summary.csv,
+    and exports (`timm-rld export`) that lie in it.
 
     In the pushed copies local paths are cut to their last component. A card that is there keeps what a person wrote:
     only the part between our marks, and the figures in its header, are renewed.
@@ -250,6 +251,8 @@ def write_files(
     """Write what is pushed into a folder; arguments as :func:`push_run`."""
     shutil.copyfile(run.config, folder / 'config.json')
     shutil.copyfile(weights_file, folder / 'model.safetensors')
+    for file in (file for export in read_exports(run.folder) for file in export.beside):
+        shutil.copyfile(file, folder / file.name)
     results = {**run.results, 'command': public_command(run.results['command'])}
     for key in ('teacher', 'student'):
         if results.get(key):

@@ -69,15 +69,15 @@ def evaluate_model(
     if device == 'cuda' and not torch.cuda.is_available():
         raise UsageError('--device cuda: torch finds no GPU; use cpu')
     opened = open_model(name, weights)
-    config = _settings(opened, given or {}, batch_size, teacher)
+    config = evaluation_settings(opened, given or {}, batch_size, teacher)
     cpu = device == 'cpu' or not torch.cuda.is_available()
     if cpu and config.mixed_precision == 'fp16' and 'mixed_precision' not in (given or {}):
         config.mixed_precision = 'no'  # of a run on a GPU
     accelerator = create_accelerator(cpu=device == 'cpu', **config.arguments_of('create_accelerator'))
     config.mixed_precision = accelerator.mixed_precision
-    val = main_first(accelerator, lambda: _open_split(config, log or accelerator.print))
+    val = main_first(accelerator, lambda: open_validation_of(config, log or accelerator.print))
     outputs = output_of_each_class(opened, val.class_names, val.num_classes)
-    loader = _loader(opened, val, config, accelerator)
+    loader = evaluation_loader(opened, val, config, accelerator)
     pair = Pair(opened.model, None, opened.normalize, opened.data_config)
     if config.teacher is not None:
         pair.teacher = main_first(accelerator, lambda: _open_teacher(pair, val, config))
@@ -105,14 +105,22 @@ def evaluate_model(
     return found
 
 
-def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, teacher: str | None) -> Config:
+def names_other_data(opened: OpenModel, given: dict[str, Any]) -> bool:
+    """Return whether what is given names other data than those of a model's run. With a dataset of its own, --data-dir
+    says where it lies now; with one of the Hub, that it is another one."""
+    of_run = (opened.settings or Config()).dataset or ''
+    return 'dataset' in given or ('data_dir' in given and of_run.startswith(('hfds/', 'hfids/')))
+
+
+def evaluation_settings(
+    opened: OpenModel, given: dict[str, Any], batch_size: int | None = None, teacher: str | None = None
+) -> Config:
     """Return the settings of an evaluation: a run's, with what is given in their place."""
     run, of_data = opened.settings, taken_by('open_splits')
     if run is None and not given.get('dataset') and not given.get('data_dir'):
         raise UsageError(f'{opened.name}: give --data-dir D or --dataset NAME to evaluate it on')
     base = run or Config()
-    # with a run's own dataset, --data-dir says where it lies now; with one of the Hub, that it is another one
-    if 'dataset' in given or ('data_dir' in given and (base.dataset or '').startswith(('hfds/', 'hfids/'))):
+    if names_other_data(opened, given):
         base = dataclasses.replace(base, **Config().pick(*of_data))
     elif given.keys() & {'labels', 'val_split'}:  # not the part of the training split that the run held out
         base = dataclasses.replace(base, val_fraction=None, val_seed=None, tune_holdout=None, train_on_holdout=False)
@@ -122,14 +130,21 @@ def _settings(opened: OpenModel, given: dict[str, Any], batch_size: int | None, 
         teacher = str(opened.run / 'teacher')  # it was trained there
     size = batch_size or (run or base).validation_batch_size
     base = dataclasses.replace(base, **given, validation_batch_size=size, report_to=(), sync_bn=False, resume=None)
-    config = resolve(base)
+    if teacher is not None and run is not None and teacher == run.teacher_name != run.teacher:
+        raise UsageError(
+            f'--teacher {teacher}: the teacher of {opened.name} can only be asked, and is not asked for an evaluation; '
+            'its answers for the validation images are in predictions.parquet of the run'
+        )
+    closed = taken_by('load_query', 'QueryTeacher', 'AnswersFile')
+    config = resolve(dataclasses.replace(base, **Config().pick(*closed)))  # a network is evaluated as it is
     config.teacher = teacher and model_name(teacher, '--teacher')
     config.teacher_pretrained = True
     config.in_chans = opened.data_config['input_size'][0]
     return config
 
 
-def _open_split(config: Config, log: Callable[[str], object]) -> Source:
+def open_validation_of(config: Config, log: Callable[[str], object]) -> Source:
+    """Return the validation split of the settings of an evaluation."""
     if config.val_fraction is not None or config.tune_holdout is not None:
         return open_splits(**config.arguments_of('open_splits'))[1]
     return open_validation(log=log, **config.arguments_of('open_validation'))  # it need not have a training split
@@ -142,12 +157,13 @@ def _open_teacher(pair: Pair, val: Source, config: Config) -> Teacher:
     )  # fmt: skip
 
 
-def _loader(opened: OpenModel, val: Source, config: Config, accelerator: Accelerator) -> Loader:
+def evaluation_loader(opened: OpenModel, val: Source, config: Config, accelerator: Accelerator) -> Loader:
+    """Return the loader of a split through a model's own preprocessing."""
     c = opened.data_config
     assert isinstance(config.workers, int) and config.validation_batch_size is not None  # resolve() fills them in
     transform = eval_transform(
         c['input_size'], interpolation=c['interpolation'], crop_pct=c['crop_pct'], crop_mode=c['crop_mode'],
-        jpeg_draft=config.jpeg_draft,
+        mean=c['mean'], jpeg_draft=config.jpeg_draft,
     )  # fmt: skip
     return Loader(
         val, transform, config.validation_batch_size, training=False, seed=config.seed,

@@ -164,7 +164,7 @@ def predictions(
     c, names = opened.data_config, opened.class_names
     transform = eval_transform(
         c['input_size'], interpolation=c['interpolation'], crop_pct=c['crop_pct'], crop_mode=c['crop_mode'],
-        jpeg_draft=settings.jpeg_draft,
+        mean=c['mean'], jpeg_draft=settings.jpeg_draft,
     )  # fmt: skip
     few = len(source) <= batch_size
     loader = Loader(

@@ -20,11 +20,13 @@ from .ce_teacher import CETeacher
 from .ctkd import CTKD
 from .dist import DIST
 from .dkd import DKD
+from .features import describe_features, get_feature_method
 from .gdkd import GDKD
 from .kd import KD
 from .la import LA
 from .ldrld import LDRLD
 from .lr import LR
+from .mekd import MEKD
 from .mlkd import MLKD
 from .nkd import NKD
 from .normkd import NormKD
@@ -69,6 +71,11 @@ class CriterionInfo:
         epochs: of the published run, of which the ramp is a share.
         imagenet: flags that turn these values, which are those of CIFAR-100, into the published ones of ImageNet.
         not_standardized: why logit standardisation makes no sense with it; empty where it does.
+        generated: whether the student is trained on images of a generator alone, with neither images nor labels of the
+            dataset (:class:`timm_rld.mekd_task.MEKDTask`); ``cls`` then takes the generator beside its options.
+        settings: further settings of a run that have a default of their own with it, by name.
+        answers: what it can be computed from: the teacher's `logits`; log-probabilities, which are the logits up to a
+            constant of each row (`soft`); one-hot rows of the teacher's class (`hard`).
         knobs: what `timm-rld tune` searches.
     """
 
@@ -85,7 +92,15 @@ class CriterionInfo:
     epochs: int = 240
     imagenet: str = ''
     not_standardized: str = ''
+    generated: bool = False
+    settings: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    answers: tuple[str, ...] = ('logits', 'soft')
     knobs: tuple[Knob, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss is a function of student's and teacher's logits (and the target) alone."""
+        return self.cls is not None and not self.generated
 
     @property
     def cited(self) -> str:
@@ -105,6 +120,7 @@ class CriterionInfo:
             task_loss_weight=self.task_weight or float(distill_token),
             distill_loss_weight=self.distill_weight,
             distill_warmup_epochs=min(share, self.warmup_epochs),
+            **self.settings,
         )
 
     def standardized(self) -> CriterionInfo:
@@ -126,6 +142,7 @@ def _row(*args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Cr
     return CriterionInfo(*args, **{**kwargs, 'options': MappingProxyType(options or {})})
 
 
+_ANY = ('logits', 'soft', 'hard')
 _SCALED = 'it scales the logits already'
 
 _TEMPERATURE = Knob('temperature', (0.25, 2))
@@ -139,7 +156,7 @@ CRITERIA: dict[str, CriterionInfo] = {
     for row in (
         _row(
             'none', None, 'no distillation: cross-entropy alone', '', None, distill_weight=0.0,
-            not_standardized='it distils nothing',
+            not_standardized='it distils nothing', answers=_ANY,
         ),
         _row(
             'rld', RLD, 'refined logits: sample confidence + masked correlation',
@@ -178,7 +195,7 @@ CRITERIA: dict[str, CriterionInfo] = {
             'lr', LR, 'label revision: logits where the teacher is right, revised labels where it is wrong',
             'Improve Knowledge Distillation via Label Revision and Data Selection, Lan et al.', 2024,
             options={'lambda1': 4.0, 'lambda2': 1.0, 'eta': 0.8}, task_weight=0.0,
-            not_standardized='it compares raw logits',
+            not_standardized='it compares raw logits', answers=('logits',),
             knobs=(Knob('lambda1', (0.1, 3)), Knob('lambda2', (0.1, 10))),
         ),
         _row(
@@ -277,10 +294,19 @@ CRITERIA: dict[str, CriterionInfo] = {
             knobs=(_TEMPERATURE, _TASK_WEIGHT),
         ),
         _row(
+            'mekd', MEKD, 'what a generator makes of both logits; trained on generated images, without labels',
+            'Aligning Logits Generatively for Principled Black-Box Knowledge Distillation, Ma et al., CVPR', 2024,
+            options={
+                'temperature': 5.0, 'gen_temperature': 5.0, 'image_weight': 1.0, 'kl_weight': 1.0, 'norm': 'l1',
+            }, task_weight=0.0, not_standardized='its generator takes logits as they are',
+            answers=_ANY, generated=True, settings=MappingProxyType({'steps_per_epoch': 500, 'generator_epochs': 200}),
+            knobs=(_TEMPERATURE, Knob('image_weight', (0.1, 10)), Knob('kl_weight', (0.1, 10))),
+        ),
+        _row(
             'ce_teacher', CETeacher, "cross-entropy with the teacher's class, without labels",
             'hard distillation in Training data-efficient image transformers & distillation through attention, '
             'Touvron et al., ICML', 2021,
-            task_weight=0.0, not_standardized="of the teacher it takes the class alone",
+            task_weight=0.0, not_standardized='of the teacher it takes the class alone', answers=_ANY,
             knobs=(_TASK_WEIGHT, _WEIGHT),
         ),
     )
@@ -299,33 +325,52 @@ def get_criterion(name: str, standardize: bool = False) -> CriterionInfo:
     return CRITERIA[name].standardized() if standardize else CRITERIA[name]
 
 
-def published_defaults(name: str, standardize: bool, epochs: int, distill_token: bool = False) -> dict[str, Any]:
+def published_defaults(
+    name: str, standardize: bool, epochs: int, distill_token: bool = False, features: str = 'none'
+) -> dict[str, Any]:
     """Return :meth:`CriterionInfo.defaults` of a criterion, as `--distill`, `--standardize`, `--epochs` and
-    `--distill-token` choose it.
+    `--distill-token` choose it, and those of a method on features.
 
     Raises:
-        ValueError: as :func:`get_criterion`.
+        ValueError: as :func:`get_criterion` and :func:`timm_rld.loss.features.get_feature_method`.
     """
-    return get_criterion(name, standardize).defaults(epochs, distill_token)
+    of_features = get_feature_method(features).defaults(epochs) if features != 'none' else {}
+    return get_criterion(name, standardize).defaults(epochs, distill_token) | of_features
 
 
-def choose_criterion(name: str, standardize: bool, options: dict[str, Any]) -> tuple[CriterionInfo, DistillLoss | None]:
+def choose_criterion(
+    name: str, standardize: bool, options: dict[str, Any], answers: str | None = None
+) -> tuple[CriterionInfo, DistillLoss | None]:
     """Return the row of a run with the options that it will have, and its criterion; None where nothing is distilled.
 
     Args:
-        name, standardize, options: as `--distill`, `--standardize` and `--distill-kwargs` have them.
+        name, standardize, options, answers: as `--distill`, `--standardize`, `--distill-kwargs` and `--black-box` have
+            them.
 
     Raises:
-        UsageError: as :func:`get_criterion` and :func:`create_distill_loss`.
+        UsageError: as :func:`get_criterion` and :func:`create_distill_loss`; where the criterion cannot be computed
+            from what the teacher answers.
     """
     try:
         row = get_criterion(name, standardize)
+        if answers and answers not in row.answers:
+            raise ValueError(f'with --black-box {answers}: {_why_not(answers)}')
         row = replace(row, options=MappingProxyType({**row.options, **options}))
         left = {k for k in row.fitted if k not in options}
         given = {k: v for k, v in row.options.items() if k not in left}
         return row, create_distill_loss(name, **given) if row.cls or options else None
     except ValueError as e:
         raise UsageError(f'--distill {name}: {e}') from e
+
+
+def _why_not(answers: str) -> str:
+    if answers == 'soft':
+        return 'it compares raw logits, which probabilities give only up to a constant of each row'
+    others = ' or '.join(name for name, row in CRITERIA.items() if answers in row.answers and row.cls)
+    return (
+        'of a class alone nothing is left of what it compares (doubt, the order of the other classes); '
+        f'--distill {others} takes classes'
+    )
 
 
 def describe_criteria() -> str:
@@ -341,10 +386,20 @@ def describe_criteria() -> str:
                 f'{"":<{width}}  weights: task {row.task_weight:g}, distillation {row.distill_weight:g}{ramp}; '
                 f'options: {options}'
             )
+            if row.settings:
+                lines.append(f'{"":<{width}}  settings: ' + ', '.join(f'{k} {v}' for k, v in row.settings.items()))
             lines.append(f'{"":<{width}}  {row.cited}')
             if row.imagenet:
                 lines.append(f'{"":<{width}}  ImageNet: {row.imagenet}')
     return '\n'.join(lines)
+
+
+def describe_methods() -> str:
+    """The table of criteria and that of methods on features, as text under `--help`."""
+    return (
+        f'criteria (--distill):\n{describe_criteria()}\n\n'
+        f'methods on features (--feature-distill):\n{describe_features()}'
+    )
 
 
 def create_distill_loss(name: str, **options: Any) -> DistillLoss:

@@ -45,7 +45,8 @@ class CifarNet(nn.Module):
         """Make the classifier, and describe the features: channels and reduction of the stem and each stage."""
         modules = [self.stem_name, *(names[-1] for names in self.stages)]
         self.feature_info = [
-            dict(num_chs=c, reduction=r, module=m) for c, r, m in zip(channels, reductions, modules, strict=True)
+            dict(num_chs=c, reduction=r, module=m, stem=not i)
+            for i, (c, r, m) in enumerate(zip(channels, reductions, modules, strict=True))
         ]
         self.num_features = num_features
         self._make_classifier(num_classes=self.num_classes, global_pool=global_pool)

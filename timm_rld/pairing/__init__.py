@@ -1,8 +1,31 @@
 """Teacher and student: where they may differ, in classes, size, channels, normalisation and weights."""
 
 from .class_map import match_classes, read_class_map
+from .features import (
+    FeatureMap,
+    Features,
+    MapPairs,
+    Taps,
+    WithFeatures,
+    forward_with_features,
+    look_at_features,
+    pair_maps,
+)
 from .heads import enable_distilled_training, has_distillation_head, in_distilled_training, outputs_of_heads
 from .pair import Pair, audit, check_kwargs, create_pair, create_student, create_teacher, teacher_skeleton
+from .query import (
+    ClosedTeacher,
+    Queries,
+    QueryError,
+    QueryTeacher,
+    TeacherQuery,
+    asked_about,
+    check_answer,
+    close_teacher,
+    hard_rows,
+    load_query,
+    soft_rows,
+)
 from .teacher import (
     Normalize,
     Teacher,
@@ -27,10 +50,12 @@ from .weights import (
 )
 
 __all__ = [
-    'audit', 'build_model', 'check_accuracy', 'check_kwargs', 'constructor_arguments', 'create_normalize',
-    'create_pair', 'create_student', 'create_teacher', 'enable_distilled_training', 'has_batch_norm',
+    'asked_about', 'audit', 'build_model', 'check_accuracy', 'check_answer', 'check_kwargs', 'close_teacher',
+    'ClosedTeacher', 'constructor_arguments', 'create_normalize', 'create_pair', 'create_student', 'create_teacher',
+    'enable_distilled_training', 'FeatureMap', 'Features', 'forward_with_features', 'hard_rows', 'has_batch_norm',
     'has_distillation_head', 'has_fixed_size', 'in_distilled_training', 'least_teacher_accuracy', 'load_into',
-    'load_weights', 'look_up', 'match_classes', 'ModelInfo', 'Normalize', 'outputs_of_heads', 'Pair',
-    'read_class_map', 'resize_mode', 'resized_to', 'Teacher', 'teacher_skeleton', 'to_memory_format',
-    'weights_digest', 'weights_file',
+    'load_query', 'load_weights', 'look_at_features', 'look_up', 'MapPairs', 'match_classes', 'ModelInfo', 'Normalize',
+    'outputs_of_heads', 'Pair', 'pair_maps', 'Queries', 'QueryError', 'QueryTeacher', 'read_class_map', 'resize_mode',
+    'resized_to', 'soft_rows', 'Taps', 'Teacher', 'teacher_skeleton', 'TeacherQuery', 'to_memory_format',
+    'weights_digest', 'weights_file', 'WithFeatures',
 ]  # fmt: skip

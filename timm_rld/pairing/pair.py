@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .class_map import check_order, resolve_class_map
 from .heads import enable_distilled_training
+from .query import ClosedTeacher
 from .teacher import Floats, Normalize, Teacher, create_normalize, resized_to
 from .weights import ModelInfo, build_model, first_line, head_size, load_into, load_weights, look_up
 
@@ -23,13 +24,13 @@ class Pair:
 
     Attributes:
         student: a timm model over the dataset's classes.
-        teacher: None where nothing is distilled.
+        teacher: None where nothing is distilled, or its answers are on the disk.
         normalize: the student's normalisation.
         data_config: the student's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
     """
 
     student: nn.Module
-    teacher: Teacher | None
+    teacher: Teacher | ClosedTeacher | None
     normalize: Normalize
     data_config: dict[str, Any]
 
@@ -53,7 +54,7 @@ class Pair:
     @property
     def teacher_data_config(self) -> dict[str, Any]:
         """The teacher's preprocessing on this dataset."""
-        assert self.teacher is not None, 'a pair without a teacher'
+        assert isinstance(self.teacher, Teacher), 'a pair without an open teacher'
         channels, *size = self.data_config['input_size']
         normalize = self.teacher.normalize
         mean, std = ((b.flatten() / 255).tolist() for b in (normalize.mean, normalize.std))
@@ -323,7 +324,7 @@ def audit(pair: Pair) -> list[str]:
     """Return lines that say where teacher and student differ."""
     teacher = pair.teacher
     lines: list[str] = []
-    if teacher is None:
+    if not isinstance(teacher, Teacher):
         return lines
     for what in ('mean', 'std'):
         theirs, ours = ((getattr(n, what) / 255).flatten() for n in (teacher.normalize, pair.normalize))

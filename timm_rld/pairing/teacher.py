@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import UserError
+from .features import Taps, forward_with_features, to_float32
 from .fold import fold_batch_norms
 from .weights import ModelInfo, weights_digest
 
@@ -75,8 +76,12 @@ class Teacher(nn.Module):
         normalize: its resize and normalisation; None for that of the model's `pretrained_cfg`.
         class_map: for each class of the dataset the teacher's output; None where they are the same.
         name: for messages.
+
+    Attributes:
+        taps: the features that :meth:`with_features` gives; None where nobody asks for any.
     """
 
+    answers = 'logits'  # what it returns; a closed teacher gives less
     class_map: Tensor | None
 
     def __init__(
@@ -91,6 +96,7 @@ class Teacher(nn.Module):
         self.other_names = False  # its labels have none of the dataset's names
         self.folded = 0  # batch norms
         self.digest: str | None = None  # of the weights as they were loaded, once they are folded
+        self.taps: Taps | None = None
         self.own_size: tuple[int, int] | None = None  # (H, W) that its weights were made for, where that is known
         self.model = model
         self.normalize = normalize if normalize is not None else create_normalize(model)
@@ -105,6 +111,7 @@ class Teacher(nn.Module):
     def compile(self, **kwargs: Any) -> None:
         """Compile the network's forward pass (`torch.compile`)."""
         self._logits = torch.compile(self._logits, **kwargs)  # type: ignore[method-assign]
+        self._with_features = torch.compile(self._with_features, **kwargs)  # type: ignore[method-assign]
 
     def optimize_for_inference(self, size: tuple[int, int, int], channels_last: bool = True) -> int:
         """Make the forward pass faster without changing what it computes: batch norms are folded into the convolutions
@@ -122,7 +129,8 @@ class Teacher(nn.Module):
             self.digest = weights_digest(self)
         noise = torch.randint(256, (4, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         noise[2], noise[3] = 0, 255
-        self.folded += fold_batch_norms(self.model, self.normalize(noise.to(self.normalize.mean.device)))
+        x = self.normalize(noise.to(self.normalize.mean.device))
+        self.folded += fold_batch_norms(self.model, x, None if self.taps is None else self._outputs)
         # after the folds, which are tried in float64: there depthwise convolutions are slow in channels-last
         to_memory_format(self.model, torch.channels_last if channels_last else torch.contiguous_format)
         return self.folded
@@ -135,6 +143,25 @@ class Teacher(nn.Module):
                 logits = logits.index_select(1, self.class_map)
         return logits.clone()  # out of inference mode, so that autograd may save it
 
+    def with_features(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pixels `[B, C, H, W]` in 0..255 → logits over the dataset's classes `[B, C]`, and the features of
+        :attr:`taps`, of one forward pass."""
+        with torch.no_grad():  # not inference mode, out of which maps would have to be copied
+            logits, features = self._with_features(self.normalize(pixels))
+            if self.class_map is not None:
+                logits = logits.index_select(1, self.class_map)
+        return logits, features
+
+    def _with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        assert self.taps is not None, 'no features were asked for'
+        return forward_with_features(self.model, x, self.taps, head_in_float32=True)
+
+    def _outputs(self, model: nn.Module, x: Tensor) -> list[Tensor]:
+        """All that must stay the same when batch norms are folded."""
+        assert self.taps is not None, 'no features were asked for'
+        logits, features = forward_with_features(model, x, self.taps)
+        return [logits, *features]
+
     def _logits(self, x: Tensor) -> Tensor:
         """Under autocast the head still works in float32: rounded logits tie, and ties change what RLD masks."""
         model: Any = self.model
@@ -142,11 +169,7 @@ class Teacher(nn.Module):
             return model(x)
         features = model.forward_features(x)  # of some networks a list
         with torch.autocast(x.device.type, enabled=False):
-            return model.forward_head(tree_map(_to_float32, features))
-
-
-def _to_float32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+            return model.forward_head(tree_map(to_float32, features))
 
 
 def create_normalize(

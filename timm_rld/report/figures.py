@@ -25,8 +25,9 @@ class Answers:
 
     Attributes:
         top1: class of the highest probability.
-        top1_prob, target_prob: probability of that class, and of the true one.
-        loss: cross-entropy.
+        top1_prob, target_prob: probability of that class, and of the true one; NaN of a closed teacher that gave
+            classes alone.
+        loss: cross-entropy; NaN of such a teacher.
         right: whether the two classes are the same.
     """
 
@@ -35,6 +36,11 @@ class Answers:
     target_prob: Array
     loss: Array
     right: Array
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether more than classes is known."""
+        return not np.isnan(self.top1_prob).any()
 
 
 @dataclass(frozen=True)
@@ -126,16 +132,19 @@ def quadrants(p: Predictions) -> dict[str, Array]:
     assert p.teacher is not None
     s, t = p.student.right, p.teacher.right
     cells = {'both': s & t, 'teacher': ~s & t, 'student': s & ~t, 'neither': ~s & ~t}
-    confidence = np.minimum(p.student.top1_prob, p.teacher.top1_prob)
+    confidence = np.fmin(p.student.top1_prob, p.teacher.top1_prob)
     return {name: _by_score(mask, confidence) for name, mask in cells.items()}
 
 
 def suspect_scores(p: Predictions) -> Array:
-    """Return for each image how much speaks against its label, `[N]`: the mean over both networks of
-    log(highest probability / probability of the label), 0 where they do not agree on another class than the label."""
+    """Return for each image how much speaks against its label, `[N]`: the mean over both networks
+    (of those that gave probabilities) of log(highest probability / probability of the label), 0 where they do not agree
+    on another class than the label."""
     networks = [p.student] if p.teacher is None else [p.student, p.teacher]
     tiny = 1e-12
-    odds = np.mean([np.log((a.top1_prob + tiny) / (a.target_prob + tiny)) for a in networks], axis=0)
+    odds = np.mean(
+        [np.log((a.top1_prob + tiny) / (a.target_prob + tiny)) for a in networks if a.has_probabilities], axis=0
+    )
     agreed = np.all([~a.right & (a.top1 == p.student.top1) for a in networks], axis=0)
     return np.where(agreed, odds, 0.0)
 
@@ -145,7 +154,7 @@ def suspects(p: Predictions) -> Array:
     teacher: the student) name the same other class, each with a probability above :data:`CONFIDENT`."""
     score = suspect_scores(p)
     confident = p.student.top1_prob > CONFIDENT
-    if p.teacher is not None:
+    if p.teacher is not None and p.teacher.has_probabilities:
         confident = confident & (p.teacher.top1_prob > CONFIDENT)
     return _by_score((score > 0) & confident, score)
 

@@ -243,6 +243,29 @@ RULES: tuple[Rule, ...] = (
         "The student's probabilities can be taken as they are (calibration error {student_ece:.1f} points).",
         'timm-rld evaluate {run}', 'good',
     ),
+    # ---- generated images
+    Rule(
+        'generated', 'collapsed', ('collapsed',), lambda f, t: bool(f['collapsed']), None,
+        '{collapsed}.', '{another_generator}', 'bad',
+    ),
+    Rule(
+        'generated', 'far apart', ('generated_agreement',), lambda f, t: f['generated_agreement'] < t, 80.0,
+        'On generated images the student names the class of its teacher in {generated_agreement:.1f} % only: it has '
+        'not learned yet what it is shown, and more steps help.',
+        '{train} --steps-per-epoch {more_steps} --experiment {name}-longer',
+    ),
+    Rule(
+        'generated', 'real images differ', ('ahead', 'generated_agreement'), lambda f, t: f['ahead'] <= t, -10.0,
+        'The student follows its teacher on generated images ({generated_agreement:.1f} %), but is {behind:.1f} points '
+        'behind it on real ones, which the generated ones are not like: another generator, of more images or epochs, '
+        'may be.', '{another_generator}',
+    ),
+    Rule(
+        'generated', 'fine', (), always, None,
+        'The generated images are of {generated_classes} classes, and the student follows its teacher on them '
+        '({generated_agreement:.1f} %): what another generator gives is the next question.', '{another_generator}',
+        'good',
+    ),
     # ---- 6 what the networks saw
     Rule(
         'images', 'normalisation', ('worst_mean', 'worst_std'),

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .. import metrics
 from ..config import FIELDS, Config, flag_of, resolve
 from ..errors import UserError
 from ..loss import published_defaults
-from ..run_folder import RunFiles
+from ..run_folder import RunFiles, read_exports
 from . import figures, plots
 from .figures import Array, Predictions
 from .images import Images, class_counts, data_config, first_images, read_facts
-from .page import Cell, Picture, Table, render
+from .page import Cell, Picture, Table, render, thumbnail
 from .rules import Finding, finding
 
 SHOWN = 8  # thumbnails of a group
@@ -86,10 +87,13 @@ def run_page(report: Report) -> str:
     for key, title, make in (
         ('verdict', 'Verdict', verdict), ('answers', 'Right and wrong', answers), ('curves', 'Curves', curves),
         ('classes', 'Classes', classes), ('calibration', 'Calibration', calibration),
+        ('generated', 'Generated images', generated),
         ('images', 'What the networks saw', seen), ('time', 'Where the time went', time_spent),
         ('settings', 'Command and settings', settings),
     ):  # fmt: skip
         block = make(report)
+        if not block:
+            continue
         if block.get('meaning') is None and not block.get('missing'):
             block['meaning'] = _with_own_cache(finding(key, report.facts), r.run.settings.get('teacher_cache'))
         blocks.append({'key': key, 'title': title, 'missing': '', 'missing_command': '', **block})
@@ -110,6 +114,12 @@ def _with_own_cache(found: Finding, cache: str | None) -> Finding:
     return replace(found, command=f'{found.command} --teacher-cache {shlex.quote(own)}')
 
 
+def _method(results: dict[str, Any]) -> str:
+    """What a run distilled by, as `--criteria` of a comparison takes it."""
+    features = results.get('feature_distill', 'none')
+    return results['distill'] if features == 'none' else f'{results["distill"]}+{features}'
+
+
 def _about(r: Report) -> str:
     settings, results = r.run.settings, r.results
     data = settings.get('dataset') or settings.get('data_dir') or 'UCI handwritten digits'
@@ -117,7 +127,7 @@ def _about(r: Report) -> str:
     if settings.get('val_fraction') is not None:
         split = f'{settings.get("train_split")} ({100 * settings["val_fraction"]:g} % of it held out)'
     return (
-        f'{results["distill"]}, {results["epochs"]} epoch(s), seed {results["seed"]}; {data}, split {split}, '
+        f'{_method(results)}, {results["epochs"]} epoch(s), seed {results["seed"]}; {data}, split {split}, '
         f'{results["num_classes"]:,} classes'
     )
 
@@ -144,7 +154,7 @@ def base_facts(r: Report) -> dict[str, Any]:
     data = [target, *(x for n in ('data_dir', 'labels', 'train_split', 'val_split', 'val_fraction')
                       if settings.get(n) not in (None, target)
                       for x in (flag_of(n), str(settings[n])))]  # fmt: skip
-    measured = {'teacher': results.get('teacher'), 'student': results.get('student'),
+    measured = {'teacher': settings.get('teacher'), 'student': results.get('student'),
                 'img_size': data_config(r.run)['input_size'][-1], 'batch_size': settings.get('batch_size')}  # fmt: skip
     bench = [x for n, v in measured.items() if v and not str(v).startswith(('local-dir:', 'hf-hub:'))
              for x in (flag_of(n), str(v))]  # fmt: skip
@@ -160,20 +170,22 @@ def base_facts(r: Report) -> dict[str, Any]:
         return shlex.join([*train, '--seed', str(seed), *same, '--experiment', f'{run.name}-seed{seed}'])
 
     images = settings.get('data_dir')
-    own = results['distill'] if results['distill'] != 'none' else 'rld'
+    method, features = _method(results), results.get('feature_distill', 'none')
+    own = method if method != 'none' else 'rld'
+    no_features = ' --feature-distill none' if features != 'none' else ''
     return {
         'epochs': epochs, 'chance': 100 / results['num_classes'], 'run': shlex.quote(str(run)), 'name': name,
         'train': shlex.join(train),
-        'train_none': None if own != results['distill'] else (
-            f'{shlex.join(train)} --distill none --experiment {name}-none'
+        'train_none': None if own != method else (
+            f'{shlex.join(train)} --distill none{no_features} --experiment {name}-none'
         ),
         'better_teacher': f'{shlex.join([*start, *config])} --teacher-epochs {2 * longer} --experiment {name}-taught'
-        if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(results.get('teacher'))}'",
+        if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(settings.get('teacher'))}'",
         'report_baseline': shlex.join(['timm-rld', 'report', 'RUN', '--baseline', str(run)]),
         'compare': comparison('none', own) if results.get('teacher') else another_seed(),
         'compare_kd': comparison('kd', 'rld'),
         'compare_dkd': comparison(own, 'dkd' if own != 'dkd' else 'rld'), 'twice_epochs': 2 * epochs,
-        'teacher_family': _family(results.get('teacher')), 'student_family': _family(results.get('student')),
+        'teacher_family': _family(settings.get('teacher')), 'student_family': _family(results.get('student')),
         'again': shlex.join([*start, *config, '--experiment', f'{run.name}-again']),
         'with_augmentation': shlex.join(['accelerate', 'launch', *(w for w in words if w != '--no-aug'),
                                          '--experiment', f'{run.name}-augmented']),
@@ -221,7 +233,7 @@ def verdict(r: Report) -> dict[str, Any]:
         tiles.append((f'{who}, top-1', _points(top1), note, who if who != 'without distillation' else 'third'))
     r.facts.update(images=count)
     differences = _differences(r)
-    return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r)) if t]}
+    return {'tiles': tiles, 'tables': [t for t in (differences, _sizes(r), _exports(r)) if t]}
 
 
 def _differences(r: Report) -> Table | None:
@@ -288,11 +300,26 @@ def _sizes(r: Report) -> Table | None:
     )
 
 
+def _exports(r: Report) -> Table | None:
+    """The exports that lie in the run, with the figures of their checks."""
+    rows, device = [], ''
+    for export in read_exports(r.run.folder):
+        about, check = export.about, export.about['check'] or {}
+        cells = ['not checked', '', '']
+        if check:
+            same, ms = check['same_top1'], (check.get('latency_ms') or {}).get('file', {})
+            cells = [_points(check['top1']['file']), f'{100 * same:.2f} %', f'{ms["1"]:.2f} ms' if '1' in ms else '']
+            device = check.get('latency_device') or device
+        rows.append([export.file.name, about['weights'], about['precision'], f'{about["bytes"] / 1e6:.1f} MB', *cells])
+    columns = ['file', 'weights', 'precision', 'size#', 'top-1#', 'same class as torch#', 'an image#']
+    return Table(columns, rows, f'Exports{f" ({device})" if device else ""}') if rows else None
+
+
 # ---------------------------------------------------------------------------------------------------- right and wrong
 
 
 def _no_predictions(r: Report) -> dict[str, Any]:
-    teacher = r.results.get('teacher')  # of a run that trained its teacher, this means the trained one
+    teacher = r.run.settings.get('teacher')  # of a run that trained its teacher, this means the trained one
     words = ['timm-rld', 'evaluate', str(r.run.folder), *(['--teacher', teacher] if teacher else []),
              '--output', str(r.run.folder)]  # fmt: skip
     return {'missing': 'This run has no predictions.parquet, so that this block is empty. This makes it:',
@@ -307,8 +334,9 @@ def picture(r: Report, row: int, tone: str = '') -> Picture:
     lines: list[str | tuple[str, str]] = [label]
     for who, said in (('student', p.student), ('teacher', p.teacher)):
         if said is not None:
-            name = '' if said.right[row] else f'{r.name(said.top1[row])}, '
-            lines.append((who, f'{name}{100 * said.top1_prob[row]:.0f}%'))
+            words = [] if said.right[row] and said.has_probabilities else [r.name(said.top1[row])]
+            words += [f'{100 * said.top1_prob[row]:.0f}%'] if said.has_probabilities else []
+            lines.append((who, ', '.join(words)))
     file = Path(p.file[row]).name or f'image {p.index[row]}'
     return Picture(r.images.thumbnail(int(p.index[row])), lines, f'{file}, label {label}', tone)
 
@@ -352,7 +380,7 @@ def suspects_csv(r: Report, rows: Array) -> str:
     p = r.predictions
     assert p is not None
     score, networks = figures.suspect_scores(p), [('student', p.student), ('teacher', p.teacher)]
-    there = [(who, a) for who, a in networks if a is not None]
+    there = [(who, a) for who, a in networks if a is not None and a.has_probabilities]
     lines = [
         [p.index[i], p.file[i], r.name(p.target[i]), r.name(p.student.top1[i]),
          *(f'{a.top1_prob[i]:.4f}' for _, a in there), f'{score[i]:.3f}']
@@ -522,7 +550,7 @@ def calibration(r: Report) -> dict[str, Any]:
         return _no_predictions(r)
     drawn, rows = [], []
     for who, answers_ in (('student', p.student), ('teacher', p.teacher)):
-        if answers_ is None:
+        if answers_ is None or not answers_.has_probabilities:
             continue
         found, best = metrics.reliability(answers_.top1_prob, answers_.right), r.model(who).get('best_temperature')
         error = 100 * metrics.ece(answers_.top1_prob, answers_.right)
@@ -540,11 +568,88 @@ def calibration(r: Report) -> dict[str, Any]:
     return {'plots': drawn, 'table': Table(columns, rows)}
 
 
+# ---------------------------------------------------------------------------------------------------- generated images
+
+
+def generated(r: Report) -> dict[str, Any]:
+    """Of a student trained on generated images: some of them with both networks' answers, how the teacher spreads them
+    over the classes, and the generator's training. Of other runs nothing."""
+    found = r.model('generator')
+    if not found.get('counts'):
+        return {}
+    counts, names = np.asarray(found['counts']), [r.name(c) for c in range(len(found['counts']))]
+    tiles = [
+        ('student = teacher, generated', _points(found['agreement']), f'{found["images"]:,} images', 'student'),
+        ('student, validation', _points(r.results['student_top1']), 'top-1', 'student'),
+        ('teacher, validation', _points(r.results.get('teacher_top1')), 'top-1', 'teacher'),
+        ('classes that occur', f'{found["classes"]} of {len(counts)}', f'entropy {found["entropy"]:.2f} of 1', 'third'),
+        ("student's confidence", f'{100 * found["student_confidence"]:.1f} %', 'on generated images', 'student'),
+    ]
+    if found.get('answers') != 'hard':
+        confidence = f'{100 * found["teacher_confidence"]:.1f} %'
+        tiles.append(("teacher's confidence", confidence, 'on generated images', 'teacher'))
+    if 'd_real' in found:
+        sides = f'{found["d_real"]:.2f} / {found["d_fake"]:.2f}'
+        tiles.append(('discriminator: real / generated', sides, 'mean, last epoch of phase 1', 'fourth'))
+    seed, said = r.results['seed'] + 1, metrics.collapse(counts.tolist(), names)
+    r.facts.update(
+        generated_agreement=found['agreement'], generated_classes=found['classes'],
+        generated_entropy=found['entropy'], collapsed=said[:1].upper() + said[1:],
+        another_generator=f'{r.facts["train"]} --seed {seed} --experiment {r.facts["name"]}-seed{seed}',
+        more_steps=2 * (r.run.settings.get('steps_per_epoch') or 1),
+    )  # fmt: skip
+    share = 100 * counts / max(counts.sum(), 1)
+    order = np.argsort(-counts, kind='stable')[:ROWS].tolist()
+    rows = [[names[c], int(counts[c]), f'{share[c]:.1f} %'] for c in order]
+    table = Table(['class', 'images#', 'share#'], rows, 'Generated images by the class that the teacher names')
+    return {'tiles': tiles, 'table': table, 'mosaic': _generated_pictures(r, found), 'plots': _phase_1(r.run.folder)}
+
+
+def _generated_pictures(r: Report, found: dict[str, Any]) -> list[Picture]:
+    """The tiles of generated.png, with what both networks say of each."""
+    n, columns = found['img_size'], found['columns']
+    try:
+        with Image.open(r.run.folder / 'generated.png') as file:
+            grid = file.copy()
+    except OSError:
+        return []
+    pictures = []
+    for i, (teacher, teacher_prob, student, student_prob) in enumerate(found['shown']):
+        y, x = divmod(i, columns)
+        sure = '' if found.get('answers') == 'hard' else f' {100 * teacher_prob:.0f}%'
+        lines = [('teacher', f'{r.name(teacher)}{sure}'), ('student', f'{r.name(student)} {100 * student_prob:.0f}%')]
+        tile = thumbnail(grid.crop((x * n, y * n, x * n + n, y * n + n)))
+        pictures.append(Picture(tile, lines, 'generated image', 'good' if teacher == student else 'bad'))
+    return pictures
+
+
+def _phase_1(folder: Path) -> list[Any]:
+    """Curves of generator.csv, where this run trained its generator."""
+    try:
+        with (folder / 'generator.csv').open(encoding='utf-8') as f:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+    except (OSError, ValueError):
+        return []
+    epochs, drawn = figures.column(rows, 'epoch'), []
+    for title, wanted in (
+        ('Losses of phase 1', (('d_loss', 'discriminator', 'fourth'), ('g_loss', 'generator', 'accent'))),
+        ('Discriminator, mean', (('d_real', 'real', 'third'), ('d_fake', 'generated', 'fourth'))),
+        ("Entropy of the teacher's classes, of 1", (('entropy', 'entropy', 'teacher'),)),
+    ):
+        series = [(name, colour, figures.column(rows, k)) for k, name, colour in wanted if figures.has(rows, k)]
+        if series:
+            drawn.append(plots.lines(title, epochs, series))
+    return drawn
+
+
 # ------------------------------------------------------------------------------------------------ what the networks saw
 
 
 def seen(r: Report) -> dict[str, Any]:
-    """A mosaic of augmented training images, and what normalisation makes of them."""
+    """A mosaic of augmented training images, and what normalisation makes of them; nothing where the student saw
+    none."""
+    if r.model('generator'):
+        return {}
     try:
         found = first_images(r.run, r.images)
     except (UserError, OSError, KeyError, ValueError) as e:
@@ -588,7 +693,7 @@ def time_spent(r: Report) -> dict[str, Any]:
     s = r.run.settings
     mixed = any(s.get(name) for name in ('mixup', 'cutmix', 'cutmix_minmax'))
     r.facts.update({f'share_{part}': 100 * share for part, share in shares.items()},
-                   can_cache=not s.get('teacher_cache') and not mixed)  # fmt: skip
+                   can_cache=not s.get('teacher_cache') and not mixed and not r.model('generator'))  # fmt: skip
     if not shares:
         return {'plots': [], 'tiles': []}
     total = sum(float(np.nansum(figures.column(h, f'seconds_{part}'))) for part in shares)
@@ -626,11 +731,14 @@ def settings(r: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_OF_THE_RUN = ('teacher', 'student', 'dataset', 'data_dir')
+
+
 def _defaults(r: Report) -> Config:
     """The settings of a run of this pair, data and length that gave no other."""
     then = r.run.settings
     given: dict[str, Any] = {
-        n: then.get(n) for n in ('teacher', 'student', 'dataset', 'data_dir', 'distill', 'epochs') if then.get(n)
+        n: then.get(n) for n in (*_OF_THE_RUN, 'distill', 'feature_distill', 'epochs') if then.get(n)
     }
     facts = read_facts(r.run)
     try:

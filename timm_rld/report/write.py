@@ -75,10 +75,9 @@ def _read_baseline(run: RunFiles, folder: Path) -> tuple[RunFiles, Predictions |
         UserError: where it is none, or was evaluated on other images than ``run``.
     """
     found, what = read_run(folder), f'--baseline {folder}'
-    if found.results['distill'] != 'none':
-        raise UserError(
-            f'{what}: was trained with --distill {found.results["distill"]}; name a run with --distill none'
-        )
+    for name, flag in (('distill', '--distill'), ('feature_distill', '--feature-distill')):
+        if (value := found.results.get(name, 'none')) != 'none':
+            raise UserError(f'{what}: was trained with {flag} {value}; name a run with --distill none')
     classes, of_run = found.results['num_classes'], run.results['num_classes']
     if classes != of_run:
         raise UserError(f'{what}: has {classes} classes, {run.folder} has {of_run}; name a run on the same data')

@@ -80,7 +80,9 @@ def published(text: str, config: Config) -> Candidate:
     Raises:
         UsageError: for an unknown criterion or option.
     """
-    variant = parse_variant(text)
+    variant = parse_variant(text, config.black_box)
+    if '--feature-distill' in variant.flags:
+        raise UsageError(f'--criteria {text}: tune searches criteria alone; compare takes a method on features')
     given, row = parse_args(list(variant.flags)), get_criterion(text.partition(':')[0])
     assert config.epochs
     sources = [given] if config.distill != given.distill else [config, given]

@@ -149,6 +149,10 @@ def _check(
         if flag_of(name) in named:
             raise UsageError(f"{flag_of(name)}: is searched; what is to stay fixed follows a colon: 'rld:beta=2'")
     config = check_flags(seeds, flags, 'tune')
+    if config.feature_distill != 'none':
+        raise UsageError(
+            f'--feature-distill {config.feature_distill}: tune searches criteria alone; give --feature-distill none'
+        )
     if config.push_to_hub:
         raise UsageError('--push-to-hub: tune makes many students; push the one that you want with `timm-rld push RUN`')
     if resolve(config).epochs == 0:
@@ -379,7 +383,7 @@ def _finish(
                      'versions': results['versions']})  # fmt: skip
     config = search.config
     found = {
-        'teacher': config.teacher, 'student': config.student, 'epochs': whole, 'flags': shlex.join(search.flags),
+        'teacher': config.teacher_name, 'student': config.student, 'epochs': whole, 'flags': shlex.join(search.flags),
         'budget': budget, 'holdout': search.holdout, 'images': list(search.images), 'seed': search.seed,
         'seeds': list(seeds), 'rungs': [_without_seconds(t) for t in tables], 'texts': texts, 'roles': roles,
         'versions': runs[-1]['versions'] if runs else {},
