@@ -222,6 +222,29 @@ def test_a_run_leaves_a_generator_its_figures_and_pictures(whole):
         assert picture.size == (10 * 32, 4 * 32)
 
 
+def test_the_report_shows_generated_images_and_none_of_the_dataset_that_the_student_never_saw(whole):
+    pytest.importorskip('jinja2')
+    from timm_rld.report import write_report
+
+    html = write_report(whole[0], log=lambda _: None)[0].read_text(encoding='utf-8')
+    block = html[html.index('id="generated"') : html.index('id="time"')]
+    assert block.count('data:image/png') == 40 and 'classes that occur' in block and 'Losses of phase 1' in block
+    assert 'discriminator: real / generated' in block and 'id="images"' not in html
+
+
+def test_the_benchmark_of_a_step_knows_both_phases(capsys):
+    from timm_rld.__main__ import main as tools
+
+    argv = ['bench', 'step', '--distill', 'mekd', '--teacher', 'test_resnet', '--student', 'test_resnet']
+    argv += ['--img-size', '32', '--batch-size', '2', '--num-classes', '5', '--rounds', '1', '--steps', '1']
+    assert tools(argv) == 0
+    out = capsys.readouterr().out
+    parts = ('phase 1: discriminator', 'phase 1: generator, two passes', 'phase 1: step', 'phase 2: teacher (T)')
+    assert all(f'| {part} |' in out for part in parts) and 'phase 2 / (G + T + S)' in out
+    assert tools(['bench', 'loss', '--criteria', 'mekd']) == 2
+    assert 'timm-rld bench step --distill mekd' in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_without_labels_the_run_is_the_same(stable, whole, folder, tmp_path):
     """Neither phase reads a label: with all training images in one class both networks come out the same."""

@@ -38,14 +38,14 @@ class FoundGenerated:
         title: pair, sizes, device.
         seconds: of a step, by what it is (medians).
         phase_1, phase_2: a step divided by the sum of its parts: median, lowest and highest of the rounds.
-        batch_sizes: images of a step of each phase.
+        batch_size: images of a step.
     """
 
     title: str
     seconds: dict[str, float]
     phase_1: tuple[float, float, float]
     phase_2: tuple[float, float, float]
-    batch_sizes: tuple[int, int]
+    batch_size: int
 
 
 def bench_generated(
@@ -102,7 +102,7 @@ def bench_generated(
     validation.images, validation.source = pair.image_size, Source(range(batch_size), 'x', num_classes, None, False, '')
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         fit(task, loop, validation, accelerator, config, log_file=Path(folder) / 'log.csv')  # type: ignore[arg-type]
-    settings = GeneratorSettings(img_size=generator_size)
+    settings = GeneratorSettings(batch_size=batch_size, img_size=generator_size)
     step, of_phase_1 = _of_phase_1(pair, settings, accelerator)
     for count in range(rounds + 1):
         for _ in range(steps):
@@ -120,15 +120,14 @@ def bench_generated(
         f'{teacher} → {student}, {img_size}×{img_size}, batch {batch_size}, {num_classes} classes, images generated at '
         f'{generator_size}×{generator_size}, {precision}, {accelerator.device.type}',
         seconds, _ratio(step.times, of_phase_1, steps), _ratio(loop.times, parts, steps),
-        (settings.batch_size, batch_size),
+        batch_size,
     )  # fmt: skip
 
 
 def describe_generated(found: FoundGenerated) -> str:
     """Return the table and the ratios."""
     rows: list[dict[str, float | str]] = [
-        {'part': name, 'ms': 1000 * s, 'images/s': found.batch_sizes[name.startswith('phase 2')] / s}
-        for name, s in found.seconds.items()
+        {'part': name, 'ms': 1000 * s, 'images/s': found.batch_size / s} for name, s in found.seconds.items()
     ]
     ratios = 'medians of the rounds (lowest to highest): phase 1 / its parts {:.3f} ({:.3f} to {:.3f}), '.format(
         *found.phase_1
