@@ -462,9 +462,9 @@ TARGET, INDICES = torch.arange(8) % 6, torch.tensor([3, 1, 19, 4, 7, 8, 11, 2])
 def test_the_task_poisons_what_the_teacher_says_and_what_a_cache_says_and_caches_it_clean():
     poison = Poison('pcfdla', 0.5, 20, seed=0)
     task = task_with(poison)
-    clean = task_with(None).teacher_logits(PIXELS)
+    clean = task_with(None).ask_teacher(PIXELS)[0]
     expected = poison(clean, INDICES, epoch=1)
-    assert torch.equal(task.teacher_logits(PIXELS, TARGET, INDICES, 1), expected) and not torch.equal(expected, clean)
+    assert torch.equal(task.ask_teacher(PIXELS, TARGET, INDICES, 1)[0], expected) and not torch.equal(expected, clean)
 
     class Cache:
         kept = None
@@ -474,22 +474,22 @@ def test_the_task_poisons_what_the_teacher_says_and_what_a_cache_says_and_caches
             return self.kept
 
     cache = Cache()
-    assert torch.equal(task_with(poison, cache).teacher_logits(PIXELS, TARGET, INDICES, 1), expected)
+    assert torch.equal(task_with(poison, cache).ask_teacher(PIXELS, TARGET, INDICES, 1)[0], expected)
     assert torch.equal(cache.kept, clean)
 
 
 def test_the_step_reports_poisoned_images_of_mixed_ones_the_first():
     poison = Poison('zero', 0.5, 20, seed=0)
     task = task_with(poison)
-    logits = task.teacher_logits(PIXELS, TARGET, INDICES, 1)
-    out = task(PIXELS, TARGET, logits, INDICES)
+    logits = task.ask_teacher(PIXELS, TARGET, INDICES, 1)[0]
+    out = task(PIXELS, TARGET, logits, None, INDICES)
     right = out['output'].argmax(1) == TARGET
     dark = torch.tensor([i in poisoned_indices(20, 0.5, 0) for i in INDICES.tolist()])
     assert out['poisoned'] == dark.float().mean() and out['right_poisoned'] == (right & dark).float().mean()
     assert out['right_clean'] == (right & ~dark).float().mean()
-    mixed = task(PIXELS, MixedTarget(TARGET, TARGET.roll(1), 0.3), logits, INDICES)
+    mixed = task(PIXELS, MixedTarget(TARGET, TARGET.roll(1), 0.3), logits, None, INDICES)
     assert all(torch.equal(mixed[k], out[k]) for k in ('poisoned', 'right_poisoned', 'right_clean'))
-    assert 'poisoned' not in task_with(None)(PIXELS, TARGET, logits, INDICES)
+    assert 'poisoned' not in task_with(None)(PIXELS, TARGET, logits, None, INDICES)
 
 
 def test_poison_needs_to_know_the_images_and_a_criterion():
@@ -502,7 +502,7 @@ def test_poison_needs_to_know_the_images_and_a_criterion():
 def test_in_the_first_step_scd_under_fdla_is_that_without_and_mcd_is_not():
     clean = task_with(None, criterion='rld')(PIXELS, TARGET)
     task = task_with(Poison('fdla', 1.0, 20, seed=0), criterion='rld')
-    out = task(PIXELS, TARGET, task.teacher_logits(PIXELS, TARGET, INDICES, 1))
+    out = task(PIXELS, TARGET, task.ask_teacher(PIXELS, TARGET, INDICES, 1)[0])
     assert out['scd'].item() == pytest.approx(clean['scd'].item(), rel=1e-5)
     assert out['mcd'].item() != pytest.approx(clean['mcd'].item(), rel=1e-2)
 

@@ -185,7 +185,7 @@ def test_a_page_of_another_verb_can_be_made_of_the_same_parts(tmp_path):
     )
     found = dict(seeds=[0], criteria=[], epochs=1, failed=[], flags='--teacher <b>')
     html = render('compare.html', found=found, title='<b>', folder='"', table=Table(['a', 'n#'], [['<', Cell('1', 1)]]),
-                  top1=None, differences=None, runs=Table(['x']), seeds='0',
+                  top1=None, differences=None, runs=Table(['x']), seeds='0', attacks=None,
                   meaning=dict(sentence='<s>', command='', tone=''))  # fmt: skip
     assert '<td>&lt;</td>' in html and '&lt;s&gt;' in html and '<b>' not in html and 'data-value="1"' in html
 
@@ -370,7 +370,8 @@ def test_the_commands_of_a_report_can_be_run(planted):
     run = read_run(planted)
     facts = base_facts(Report(run, open_images(run), None, None, [], planted / 'report.html'))
     facts.update(options_with_temperature='temperature=6', new_temperature=6.0, data_mean='0.1 0.2 0.3',
-                 data_std='0.1 0.2 0.3')  # fmt: skip
+                 data_std='0.1 0.2 0.3', more_steps=1000,
+                 another_generator=f'{facts["train"]} --seed 43 --experiment {facts["name"]}-seed43')  # fmt: skip
     checked = set()
     for rule in RULES:
         if rule.block in ('comparison', 'attacks'):
