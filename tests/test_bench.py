@@ -206,7 +206,7 @@ def test_a_program_that_fails_says_why(code, message):
     [
         (['--timm-train', 'nowhere/train.py'], '--timm-train nowhere/train.py: no such file'),
         (['--teacher', 'resnet43'], "--teacher resnet43: not one of timm's networks (did you mean"),
-        (['--distill', 'none'], '--distill none: distils nothing'),
+        (['--distill', 'none'], '--distill none: not a function of two rows of logits'),
         (['--steps', '0'], '--steps 0: must be at least 1'),
         (['--data-dir', 'nowhere'], '--data-dir nowhere: cannot read its folder train'),
     ],

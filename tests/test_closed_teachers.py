@@ -205,7 +205,7 @@ QUERY = ['--teacher-query', 'closed_teachers:ask', '--student', 'resnet18']
     [
         ([*TIMM, '--black-box', 'soft', '--distill', 'lr'], 'with --black-box soft: it compares raw logits'),
         *(
-            ([*TIMM, '--black-box', 'hard', '--distill', name], '--distill ce_teacher')
+            ([*TIMM, '--black-box', 'hard', '--distill', name], '--distill mekd or ce_teacher')
             for name, row in CRITERIA.items()
             if row.plain and 'hard' not in row.answers
         ),
