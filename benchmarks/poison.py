@@ -28,6 +28,7 @@ from timm_rld.poison import poison_logits
 from timm_rld.poison_study import curve, names_of
 
 STEPS = 400
+TIE = 1e-4  # of margins: below, all classes are alike
 COPIES = 10  # of a row, of which tenths are poisoned
 IMAGES = 200  # of the validation split, that the mean field is computed for
 COLOURS = ('#c8452d', '#d9912b', '#3b8f57', '#1f6fb4', '#7a5aa8', '#8c6d4f')
@@ -142,7 +143,8 @@ def predict(folder: Path, found: dict[str, Any], fractions: Sequence[float]) -> 
         for criterion in names_of(cells, 'criterion'):
             if criterion in CRITERIA and criterion not in ('none', 'rc', 'lr'):
                 margins = mean_field_margins(criterion, clean, poisoned, target, fractions, size=len(clean))
-                predicted[criterion, attack] = (100 * (margins > 0).double().mean(0)).tolist()
+                right = (margins > TIE).double() + (margins.abs() <= TIE).double() / clean.shape[1]
+                predicted[criterion, attack] = (100 * right.mean(0)).tolist()
     return predicted
 
 
@@ -204,8 +206,9 @@ def run(args: argparse.Namespace) -> str:
         for criterion in names_of(cells, 'criterion'):
             for cell in curve(cells, criterion, attack):
                 row = {'attack': attack, 'criterion': criterion, 'fraction': cell['fraction'], 'top-1': cell['top1']}
-                if (criterion, attack) in predicted:
-                    row['mean field'] = predicted[criterion, attack][round(10 * cell['fraction'])]
+                if args.mean_field:
+                    of_field = predicted.get((criterion, attack))
+                    row['mean field'] = of_field[round(10 * cell['fraction'])] if of_field else ''
                 rows.append(row)
     return markdown(rows)
 

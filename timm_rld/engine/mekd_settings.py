@@ -9,7 +9,7 @@ from typing import Any
 from ..config import FIELDS, Config, flag_of, marked
 from ..config.settings import GENERATED
 from ..errors import UsageError, did_you_mean
-from ..loss import get_criterion
+from ..loss import CRITERIA
 from ..models.generator import check_size
 
 
@@ -59,7 +59,9 @@ def generator_settings(epochs: int | None, options: dict[str, Any]) -> Generator
 
 def check_generated(config: Config) -> None:
     """Raise UsageError for settings that a run on generated images cannot have, or that only such a run has."""
-    row, derived = get_criterion(config.distill), config.origin.derived
+    if config.distill not in CRITERIA:  # choose_criterion refuses it
+        return
+    row, derived = CRITERIA[config.distill], config.origin.derived
     own = [n for n in marked('group', GENERATED) if getattr(config, n) not in (None, {}) and n not in derived]
     if not row.generated:
         for name in own:
