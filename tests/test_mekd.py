@@ -379,6 +379,14 @@ def test_a_budget_ends_either_phase_with_a_checkpoint_and_a_larger_one_goes_on(f
     assert queries[0] == queries[1] + 3 * 20  # the validation images again in each process
 
 
+def test_noise_that_is_asked_about_ahead_becomes_images_where_the_generator_is():
+    """It comes from the loader, on the CPU; the generator may be on a GPU."""
+    criterion = create_distill_loss('mekd')
+    task = MEKDTask(nn.Linear(1, 1), Fixed('soft'), criterion, normalize=nn.Identity())
+    criterion.use(Generator(5, 32, 3).to('meta'), 'soft')
+    assert task.images(torch.randn(2, 5, 1, 1)).device.type == 'meta'
+
+
 def test_a_function_is_asked_about_generated_images_ahead_of_their_step(flags, tmp_path, monkeypatch):
     monkeypatch.setenv('ASKED', str(tmp_path / 'asked'))
     at = flags.index('--teacher')
