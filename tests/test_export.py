@@ -578,6 +578,28 @@ def test_what_is_wrong_is_said_in_a_line_before_any_work(run, flags, code, text,
     assert [p.name for p in tmp_path.iterdir()] == ['there.onnx']
 
 
+@pytest.mark.parametrize(('name', 'beside'), [('results', 'results.json'), ('model', 'model.py')])
+def test_a_file_beside_the_output_that_is_no_export_is_never_overwritten(run, name, beside, tmp_path, capsys):
+    (tmp_path / beside).write_text('{"top1": 90}')
+    assert export(run, tmp_path / name, '--no-check') == 1
+    assert f'{beside} would be written beside it, and is there already' in capsys.readouterr().err
+    assert (tmp_path / beside).read_text() == '{"top1": 90}' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_an_earlier_export_left_beside_a_file_that_was_deleted_is_replaced(run, pt2, tmp_path):
+    for name in ('m.pt2.json', 'm.pt2.py'):
+        shutil.copy(pt2.with_name(name), tmp_path / name)
+    assert export(run, tmp_path / 'm.pt2', '--no-check') == 0
+    assert side_of(tmp_path / 'm.pt2')['check'] is None
+
+
+def test_a_model_folder_that_is_the_working_folder_gives_the_export_its_name(run, tmp_path, monkeypatch):
+    shutil.copytree(run / 'student', tmp_path / 'fruit')
+    monkeypatch.chdir(tmp_path / 'fruit')
+    assert tools(['export', '.', '--format', 'pt2', '--no-check']) == 0
+    assert (tmp_path / 'fruit' / 'fruit.pt2').is_file()
+
+
 def test_a_model_that_cannot_be_exported_gives_the_exporters_reason_in_a_line(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exporting, 'Graph', Depends)
     assert export(run, tmp_path / 'm.onnx') == 1
