@@ -147,7 +147,7 @@ def test_without_preprocessing_the_averaged_student_takes_what_timms_transform_g
     assert file.about['input']['layout'] == 'BCHW' and side_of(tmp_path / 'm.pt2')['weights'] == 'ema'
 
 
-def test_a_runs_exports_go_to_the_hub_and_its_report(run, pt2, tmp_path):
+def test_a_runs_exports_go_to_the_hub_and_its_report_as_long_as_they_are_of_its_student(run, pt2, tmp_path):
     for suffix in ('', '.json', '.py'):
         shutil.copy(f'{pt2}{suffix}', f'{run}/student.pt2{suffix}')
     files = read_run(run)
@@ -158,6 +158,13 @@ def test_a_runs_exports_go_to_the_hub_and_its_report(run, pt2, tmp_path):
     assert '| `student.pt2` | last | fp32 |' in (tmp_path / 'README.md').read_text()
     table = run_page._exports(types.SimpleNamespace(run=files))
     assert table.rows[0][:3] == ['student.pt2', 'last', 'fp32'] and table.rows[0][5] == '100.00 %'
+    side = side_of(found.file)
+    assert side['epochs'] == 3
+    beside = found.file.with_name('student.pt2.json')
+    beside.write_text(json.dumps(side | {'epochs': 2}))
+    assert read_exports(run) == []  # the run has been continued since
+    beside.write_text(json.dumps(side))
+    assert len(read_exports(run)) == 1
     with found.file.open('ab') as f:  # it is no longer what was checked
         f.write(b'x')
     assert read_exports(run) == [] and run_page._exports(types.SimpleNamespace(run=files)) is None

@@ -119,6 +119,7 @@ def export_file(
             _write(plan, about, part)
         side: dict[str, Any] = {
             **about, 'weights': weights, 'format': format, 'bytes': part.stat().st_size, 'versions': versions(),
+            **({'epochs': opened.settings.epochs} if opened.settings is not None else {}),  # of the run by now
             'check': None if plan.val is None else _check(plan, part, min_agreement, log),
         }  # fmt: skip
         with writing(file):
