@@ -509,6 +509,10 @@ def test_what_makes_no_sense_on_generated_images_is_refused_before_anything_is_r
     [
         (['--generator-kwargs', 'batch_size=64'], '21 training image(s) are fewer than a batch of the generator; give'),
         (['--train-fraction', '0.1'], '4 training image(s) are fewer than a batch'),
+        (
+            ['--train-fraction', '0.03'],
+            '1 training image(s) are fewer than a batch of the generator; give a larger --train-fraction\n',
+        ),
         (['--generator-kwargs', 'img_size=1264', 'batch_size=8'], 'the linear layer of the generator would have'),
     ],
 )

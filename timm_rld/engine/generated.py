@@ -61,9 +61,10 @@ def check_data(criterion: DistillLoss | None, train: Source, config: Config) -> 
             'images that are kept in memory; use hfds/… or a folder, or give a --generator'
         )
     if len(train) < settings.batch_size:
+        smaller = f', or --generator-kwargs batch_size={max(2, len(train) // 2)}' if len(train) > 1 else ''
         raise UserError(
             f'--distill {config.distill}: {len(train)} training image(s) are fewer than a batch of the generator; give '
-            f'a larger --train-fraction, or --generator-kwargs batch_size={max(2, len(train) // 2)}'
+            f'a larger --train-fraction{smaller}'
         )
     if why := check_size(train.num_classes, settings.img_size, channels):
         raise UserError(f'--generator-kwargs {why}')
