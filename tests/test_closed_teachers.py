@@ -237,6 +237,15 @@ def test_a_comparison_with_a_criterion_that_it_cannot_have_is_refused_before_it_
     assert '--criteria kd: ' in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
+def test_a_comparison_whose_teacher_shows_no_features_is_refused_before_it_starts(tmp_path, capsys):
+    from timm_rld.__main__ import main as tools
+
+    flags = [*TIMM, '--data-dir', '.', '--black-box', 'soft']
+    assert tools(['compare', '--criteria', 'rld', 'rld+at', '--output', str(tmp_path / 'out'), *flags]) == 2
+    said = capsys.readouterr().err
+    assert '--criteria rld+at: --feature-distill at with --black-box soft' in said and not (tmp_path / 'out').exists()
+
+
 def test_a_service_that_is_down_at_the_start_is_one_error(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('DOWN', str(tmp_path))
     assert main([*argv, '--experiment', 'x']) == 1
