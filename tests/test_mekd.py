@@ -341,6 +341,9 @@ def test_a_generator_for_other_classes_or_channels_or_no_generator_at_all_is_ref
         read_generator(str(trained_teacher), 3, 3)
     with pytest.raises(UserError, match='--generator /nowhere: no such file'):
         read_generator('/nowhere', 3, 3)
+    (tmp_path / 'run' / 'generator').mkdir(parents=True)
+    with pytest.raises(UserError, match='holds no generator .*has its run finished phase 1'):
+        read_generator(str(tmp_path / 'run'), 3, 3)
 
 
 def test_a_generator_that_was_damaged_is_named(whole, tmp_path, capsys):

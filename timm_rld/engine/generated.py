@@ -89,6 +89,8 @@ def read_generator(path: str, num_classes: int, in_chans: int) -> Generator:
         if (folder / 'model.safetensors').is_file():
             place = folder / 'model.safetensors'
             break
+    if place.is_dir():
+        raise UserError(f'{flag}: holds no generator (generator/model.safetensors); has its run finished phase 1?')
     try:
         found = generator_of(load_weights(str(place), '--generator'))
     except UserError:
