@@ -23,6 +23,8 @@ from closed_teachers import images_asked, probabilities
 from torch import nn
 
 from timm_rld import DistillationTask, QueryTeacher, create_distill_loss, export_model
+from timm_rld.cache import AnswersFile, answers_kind
+from timm_rld.data import open_splits
 from timm_rld.errors import UsageError
 from timm_rld.loss import CRITERIA
 from timm_rld.pairing import QueryError, Teacher, close_teacher, hard_rows, load_query, soft_rows
@@ -233,6 +235,15 @@ def test_a_comparison_with_a_criterion_that_it_cannot_have_is_refused_before_it_
     flags = [*TIMM, '--data-dir', '.', '--black-box', 'hard']
     assert tools([verb, '--criteria', 'ce_teacher', 'kd', '--output', str(tmp_path / 'out'), *flags]) == 2
     assert '--criteria kd: ' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
+def test_a_comparison_whose_teacher_shows_no_features_is_refused_before_it_starts(tmp_path, capsys):
+    from timm_rld.__main__ import main as tools
+
+    flags = [*TIMM, '--data-dir', '.', '--black-box', 'soft']
+    assert tools(['compare', '--criteria', 'rld', 'rld+at', '--output', str(tmp_path / 'out'), *flags]) == 2
+    said = capsys.readouterr().err
+    assert '--criteria rld+at: --feature-distill at with --black-box soft' in said and not (tmp_path / 'out').exists()
 
 
 def test_a_service_that_is_down_at_the_start_is_one_error(argv, tmp_path, monkeypatch, capsys):
@@ -570,7 +581,7 @@ def test_a_file_of_classes_needs_no_flag_and_a_changed_one_does_not_resume(folde
         ),
         (lambda rows: [{'probabilities': r['probabilities']} for r in rows], 'needs a column file'),
         (
-            lambda rows: [{**r, 'class': 'fig'} for r in rows],
+            lambda rows: [{'file': r['file'], 'split': r['split'], 'class': 'fig'} for r in rows],
             "holds 'fig', neither a class of the dataset nor a number",
         ),
     ],
@@ -580,6 +591,38 @@ def test_a_file_that_is_wrong_is_refused_by_image(folder, from_file, tmp_path, c
     hard = ['--distill', 'ce_teacher'] if 'class' in rows[0] else []
     assert main([*from_file, write(tmp_path / 'a.parquet', rows), *hard, '--experiment', 'x']) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('by', ['index', 'file'])
+@pytest.mark.parametrize('part', [dict(train_fraction=0.5), dict(val_fraction=0.2), dict(skip_list='skip.txt')])
+def test_a_part_of_a_split_has_the_answers_of_its_own_images(folder, tmp_path, part, by):
+    """... whether they are told by name or by place in the split, and the images that the part lacks are no strangers
+    to the dataset."""
+    if 'skip_list' in part:
+        (tmp_path / 'skip.txt').write_text('train/apple/000.png\ntrain/pear/001.png\n')
+        part = dict(skip_list=str(tmp_path / 'skip.txt'))
+    rows = answers_of(folder, ('train',))
+    of_image = {r['file']: torch.tensor(r['probabilities']) for r in rows}
+    files = sorted(of_image)
+    rows = [{by: files.index(r['file']) if by == 'index' else r['file'], 'split': 'train',
+             'probabilities': r['probabilities']} for r in rows]  # fmt: skip
+    train, val = open_splits(None, data_dir=str(folder), **part)
+    said: list[str] = []
+    answers = AnswersFile(write(tmp_path / 'a.parquet', rows), train, val, 'soft', said.append)
+    found = answers.logits(1, torch.arange(len(train)), torch.zeros(len(train))).exp()
+    assert len(train) < 41
+    assert torch.allclose(found, torch.stack([of_image[train.key(i)] for i in range(len(train))]), atol=1e-6)
+    assert answers.has_validation == ('val_fraction' in part)
+    if 'skip_list' not in part:
+        assert not any('are not in this dataset' in line for line in said)
+
+
+def test_a_column_of_classes_beside_probabilities_is_not_taken_for_the_answers(folder, tmp_path):
+    rows = [{**r, 'label': 'apple'} for r in answers_of(folder, ('train',))]
+    file = write(tmp_path / 'a.parquet', rows)
+    assert answers_kind(file) == 'soft'
+    answers = AnswersFile(file, *open_splits(None, data_dir=str(folder)), 'hard', lambda _: None)
+    assert torch.allclose(answers.logits(1, torch.arange(41), torch.zeros(41)).mean(dim=0), torch.ones(3) / 3, atol=0.1)
 
 
 def test_images_of_a_file_that_are_not_in_the_dataset_are_counted(folder, from_file, tmp_path, capsys):

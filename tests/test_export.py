@@ -147,7 +147,7 @@ def test_without_preprocessing_the_averaged_student_takes_what_timms_transform_g
     assert file.about['input']['layout'] == 'BCHW' and side_of(tmp_path / 'm.pt2')['weights'] == 'ema'
 
 
-def test_a_runs_exports_go_to_the_hub_and_its_report(run, pt2, tmp_path):
+def test_a_runs_exports_go_to_the_hub_and_its_report_as_long_as_they_are_of_its_student(run, pt2, tmp_path):
     for suffix in ('', '.json', '.py'):
         shutil.copy(f'{pt2}{suffix}', f'{run}/student.pt2{suffix}')
     files = read_run(run)
@@ -158,6 +158,13 @@ def test_a_runs_exports_go_to_the_hub_and_its_report(run, pt2, tmp_path):
     assert '| `student.pt2` | last | fp32 |' in (tmp_path / 'README.md').read_text()
     table = run_page._exports(types.SimpleNamespace(run=files))
     assert table.rows[0][:3] == ['student.pt2', 'last', 'fp32'] and table.rows[0][5] == '100.00 %'
+    side = side_of(found.file)
+    assert side['epochs'] == 3
+    beside = found.file.with_name('student.pt2.json')
+    beside.write_text(json.dumps(side | {'epochs': 2}))
+    assert read_exports(run) == []  # the run has been continued since
+    beside.write_text(json.dumps(side))
+    assert len(read_exports(run)) == 1
     with found.file.open('ab') as f:  # it is no longer what was checked
         f.write(b'x')
     assert read_exports(run) == [] and run_page._exports(types.SimpleNamespace(run=files)) is None
@@ -576,6 +583,28 @@ def test_what_is_wrong_is_said_in_a_line_before_any_work(run, flags, code, text,
     said = capsys.readouterr().err
     assert text in said and said.startswith('timm-rld: error: ') and said.count('\n') <= 2
     assert [p.name for p in tmp_path.iterdir()] == ['there.onnx']
+
+
+@pytest.mark.parametrize(('name', 'beside'), [('results', 'results.json'), ('model', 'model.py')])
+def test_a_file_beside_the_output_that_is_no_export_is_never_overwritten(run, name, beside, tmp_path, capsys):
+    (tmp_path / beside).write_text('{"top1": 90}')
+    assert export(run, tmp_path / name, '--no-check') == 1
+    assert f'{beside} would be written beside it, and is there already' in capsys.readouterr().err
+    assert (tmp_path / beside).read_text() == '{"top1": 90}' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_an_earlier_export_left_beside_a_file_that_was_deleted_is_replaced(run, pt2, tmp_path):
+    for name in ('m.pt2.json', 'm.pt2.py'):
+        shutil.copy(pt2.with_name(name), tmp_path / name)
+    assert export(run, tmp_path / 'm.pt2', '--no-check') == 0
+    assert side_of(tmp_path / 'm.pt2')['check'] is None
+
+
+def test_a_model_folder_that_is_the_working_folder_gives_the_export_its_name(run, tmp_path, monkeypatch):
+    shutil.copytree(run / 'student', tmp_path / 'fruit')
+    monkeypatch.chdir(tmp_path / 'fruit')
+    assert tools(['export', '.', '--format', 'pt2', '--no-check']) == 0
+    assert (tmp_path / 'fruit' / 'fruit.pt2').is_file()
 
 
 def test_a_model_that_cannot_be_exported_gives_the_exporters_reason_in_a_line(run, tmp_path, monkeypatch, capsys):

@@ -178,6 +178,18 @@ def test_with_a_cache_the_teachers_predictions_come_from_it_and_the_teacher_is_n
     assert {k: v for k, v in a.items() if 'latency' not in k} == b
 
 
+@pytest.mark.parametrize('teacher', [[], ['--teacher', 'local-dir:{teacher}']])
+def test_a_run_with_a_cache_is_evaluated_as_any_other(run, trained_teacher, teacher, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / 'run')
+    args = tmp_path / 'run' / 'args.yaml'
+    settings = yaml.safe_load(args.read_text())
+    settings |= {'teacher_cache': str(tmp_path / 'gone'), 'teacher_cache_views': 3}
+    args.write_text(yaml.safe_dump(settings))
+    flags = [flag.format(teacher=trained_teacher) for flag in teacher]
+    assert tools(['evaluate', str(tmp_path / 'run'), *flags, '--no-speed', '--workers', '0']) == 0
+    assert f'{results_of(run)["student_top1"]:.2f}' in capsys.readouterr().out and not (tmp_path / 'gone').exists()
+
+
 def test_a_run_that_was_killed_after_its_last_epoch_leaves_the_same_predictions(run, flags, tmp_path):
     shutil.copytree(run, tmp_path / 'run')
     for name in ('results.json', 'predictions.parquet'):

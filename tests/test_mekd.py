@@ -341,6 +341,9 @@ def test_a_generator_for_other_classes_or_channels_or_no_generator_at_all_is_ref
         read_generator(str(trained_teacher), 3, 3)
     with pytest.raises(UserError, match='--generator /nowhere: no such file'):
         read_generator('/nowhere', 3, 3)
+    (tmp_path / 'run' / 'generator').mkdir(parents=True)
+    with pytest.raises(UserError, match='holds no generator .*has its run finished phase 1'):
+        read_generator(str(tmp_path / 'run'), 3, 3)
 
 
 def test_a_generator_that_was_damaged_is_named(whole, tmp_path, capsys):
@@ -377,6 +380,14 @@ def test_a_budget_ends_either_phase_with_a_checkpoint_and_a_larger_one_goes_on(f
     assert digests(tmp_path / 'run') == digests(tmp_path / 'whole')
     queries = [json.loads((tmp_path / r / 'results.json').read_text())['queries'] for r in ('run', 'whole')]
     assert queries[0] == queries[1] + 3 * 20  # the validation images again in each process
+
+
+def test_noise_that_is_asked_about_ahead_becomes_images_where_the_generator_is():
+    """It comes from the loader, on the CPU; the generator may be on a GPU."""
+    criterion = create_distill_loss('mekd')
+    task = MEKDTask(nn.Linear(1, 1), Fixed('soft'), criterion, normalize=nn.Identity())
+    criterion.use(Generator(5, 32, 3).to('meta'), 'soft')
+    assert task.images(torch.randn(2, 5, 1, 1)).device.type == 'meta'
 
 
 def test_a_function_is_asked_about_generated_images_ahead_of_their_step(flags, tmp_path, monkeypatch):
@@ -501,6 +512,10 @@ def test_what_makes_no_sense_on_generated_images_is_refused_before_anything_is_r
     [
         (['--generator-kwargs', 'batch_size=64'], '21 training image(s) are fewer than a batch of the generator; give'),
         (['--train-fraction', '0.1'], '4 training image(s) are fewer than a batch'),
+        (
+            ['--train-fraction', '0.03'],
+            '1 training image(s) are fewer than a batch of the generator; give a larger --train-fraction\n',
+        ),
         (['--generator-kwargs', 'img_size=1264', 'batch_size=8'], 'the linear layer of the generator would have'),
     ],
 )

@@ -80,13 +80,15 @@ def test_the_attack_of_a_file_of_settings_is_taken_and_clean_runs_are_clean(tmp_
         (['fdla'], [1.5], [], '--poison-fraction: must be at most 1'),
         (['fdla'], [-0.5], [], '--poison-fraction: must be greater than 0'),
         (['fdla', 'fdla'], [0.1], [], '--poison: fdla is there twice'),
-        (['pcfdla', 'pcfdla:strength=9'], [0.1], [], '--poison: '),
+        (['pcfdla', 'pcfdla:strength=9'], [0.1], [], '--poison: pcfdla 0.1 is there twice'),
         (['fdla'], [0.1, 0.1], [], '--poison-fraction: 0.1 is there twice'),
         (['fdla:strength=2'], [0.1], [], '--poison fdla:strength=2: fdla takes no strength'),
         (['pcfdla:strength=0'], [0.1], [], 'must be another number than 0'),
         (['pcfdla:height=2'], [0.1], [], "expected strength=S or fraction=[P,Q] after the colon, got 'height=2'"),
         (['pcfdla:strength=x'], [0.1], [], "got 'strength=x'"),
         (['pcfdla'], [0.1], ['--poison-strength', '4'], '--poison pcfdla:strength=4'),
+        (['fdla'], [0.3333333, 0.33333334], [], '--poison: fdla 0.333333 is there twice'),
+        (['fdla'], [0.1], ['--black-box', 'hard'], '--poison fdla: --black-box hard answers with a class'),
     ],
 )
 def test_attacks_that_cannot_be_are_named_before_any_run(attacks, fractions, flags, message):

@@ -21,6 +21,7 @@ from .runs import (
     Variant,
     check_flags,
     check_unique,
+    check_variant,
     claim,
     launch_command,
     mean_std,
@@ -77,6 +78,8 @@ def compare(
     answers = resolve(config).black_box
     variants = [parse_variant(c, answers) for c in criteria]
     study = plan_study(poison, poison_fractions, config, variants)
+    for variant in variants:
+        check_variant(variant, [*flags, *_without_features(config)])
     claim(output, without_attack(config), 'a comparison')
     launch = launch_command(launcher)
     with_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)

@@ -31,7 +31,7 @@ class MEKDTask(DistillationTask):
         """Noise `[B, C, 1, 1]` → pixels `[B, channels, H, W]`. Those of the last noise are kept, so that a step makes
         them once."""
         if self._made is None or self._made[0] is not input:
-            self._made = input, self.mekd.pixels(input.flatten(1))
+            self._made = input, self.mekd.pixels(input.flatten(1).to(self.mekd.device))
         return self._made[1]
 
     def ask_teacher(

@@ -133,9 +133,9 @@ def plan_study(
             given = parse_args(flags)
             for variant in variants:
                 if not distil_nothing(variant):
-                    check_poison(name, given.poison_fraction, given.poison_strength, variant.flags[1])
+                    check_poison(name, given.poison_fraction, given.poison_strength, variant.flags[1], config.black_box)
             poisonings.append(Poisoning(label, fraction, tuple(flags)))
-    check_unique('--poison', [(p.attack, p.fraction) for p in poisonings] or ['nothing'])
+    check_unique('--poison', [f'{p.attack} {p.fraction:g}' for p in poisonings] or ['nothing'])  # as folders have it
     words = ['--poison', *attacks] if attacks else []
     words += ['--poison-fraction', *(f'{p:g}' for p in fractions)] if fractions else []
     return Study(tuple(poisonings), Poisoning('', 0.0, clear), with_clean or not poisonings, tuple(words))

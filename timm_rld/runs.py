@@ -21,7 +21,7 @@ from typing import Any
 from .config import FIELDS, Config, flag_of, load_yaml, marked, parse_args, resolve, to_yaml
 from .errors import Stopped, UsageError, UserError, writing
 from .files import LockedError, lock, write_atomic
-from .loss import choose_criterion
+from .loss import choose_criterion, published_defaults
 from .loss.features import check_features
 from .metrics import mean_interval
 
@@ -126,6 +126,14 @@ def check_flags(seeds: Sequence[int], flags: Sequence[str], verb: str) -> Config
         parse_args(['--seed', str(seed)])
     resolve(config)
     return config
+
+
+def check_variant(variant: Variant, flags: Sequence[str]) -> None:
+    """Raise UsageError where a variant cannot be had with the flags of all runs: before the others take their hours."""
+    try:
+        resolve(parse_args([*flags, *variant.flags]), published=published_defaults)
+    except UsageError as e:
+        raise UsageError(f'--criteria {variant.label}: {e}') from e
 
 
 def check_unique(what: str, values: Sequence[Any]) -> None:

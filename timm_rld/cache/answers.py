@@ -33,8 +33,8 @@ class AnswersFile:
 
     The file is Parquet or CSV, with a row for each image: its name (a column `file`, `path`, …) or its place in the
     training split (`index`), with a column `split` also that in the validation split; and a class (`class`, by name or
-    number), or the probabilities: as a list in a column `probabilities`, or a column for each class, under its name or
-    number. It is held in memory, 4 bytes a probability.
+    number), or the probabilities: as a list in a column `probabilities`, beside which a class is not read, or a column
+    for each class, under its name or number. It is held in memory, 4 bytes a probability.
 
     Args:
         path: of the file.
@@ -75,7 +75,7 @@ class AnswersFile:
             )
         kind = {'soft': 'probabilities', 'hard': 'classes'}[answers]
         log(f'{FLAG} {path}: {kind} of {len(train):,} training images, each used for every augmented version of it')
-        if unknown := [name for name, place in zip(names, places) if place is None]:
+        if unknown := _not_in_the_dataset(names, places, train.whole, columns):
             log(f'note: {FLAG} {path}: {len(unknown):,} of its images are not in this dataset: {_some(unknown)}')
         without = int((self.val_rows < 0).sum())
         self.has_validation = not without
@@ -114,7 +114,8 @@ def answers_kind(path: str) -> str:
     Raises:
         UserError: where it cannot be read.
     """
-    return 'hard' if _first(_CLASS, read_columns(path, names_alone=True)) else 'soft'
+    columns = read_columns(path, names_alone=True)
+    return 'hard' if _first(_CLASS, columns) and _PROBABILITIES not in columns else 'soft'
 
 
 def read_columns(path: str, names_alone: bool = False) -> Columns:
@@ -173,15 +174,18 @@ def _find_images(columns: Columns, train: Source, val: Source, path: str) -> tup
     splits = [str(x) for x in columns[SPLIT_COLUMN]] if SPLIT_COLUMN in columns else None
     known: list[dict[str, int]] = []
     for source in (train, val):
-        known.append(_names(source) if by_name else {str(i): i for i in range(len(source))})
-        if splits is None and not by_name:
-            known.append({})  # numbers are those of training images
+        known.append(_names(source) if by_name else _places(source))
+        if splits is None and not by_name and val.dataset is not train.dataset:
+            known.append({})  # numbers are those of the training split, of which a part may be held out
             break
     found: list[Place | None] = []
     for row, name in enumerate(names):
         name = name.removeprefix('./') if by_name else name.removesuffix('.0')
-        there = [(i, known[i][name]) for i, source in enumerate((train, val))
-                 if name in known[i] and (splits is None or splits[row] == source.split)]  # fmt: skip
+        there = [
+            (i, known[i][name])
+            for i, source in enumerate((train, val))
+            if name in known[i] and (splits is None or splits[row] in (source.split, _split_of(source, train)))
+        ]
         if len(there) > 1:
             raise UserError(
                 f'{FLAG} {path}: {name} is a training and a validation image; a column split ({train.split}, '
@@ -189,6 +193,27 @@ def _find_images(columns: Columns, train: Source, val: Source, path: str) -> tup
             )
         found.append(there[0] if there else None)
     return [f'{_INDEX} {name}' if not by_name else name for name in names], found
+
+
+def _split_of(source: Source, train: Source) -> str:
+    """Return the name of the split that a source is a part of."""
+    return train.split if source.dataset is train.dataset else source.split
+
+
+def _places(source: Source) -> dict[str, int]:
+    """Return the place of each image in a source by its place in the split, of which a source may be a part."""
+    return {str(source.place(i)): i for i in range(len(source))}
+
+
+def _not_in_the_dataset(
+    names: list[str], places: Sequence[Place | None], whole: Source | None, columns: Columns
+) -> list[str]:
+    """Return the names of the images that are in neither split, nor in the one of which there is a share alone."""
+    by_name, there = _first(PATH_COLUMNS, columns), dict[str, int]()
+    if whole is not None:
+        there = _names(whole) if by_name else {f'{_INDEX} {i}': 0 for i in _places(whole)}
+    same = str.removeprefix if by_name else str.removesuffix
+    return [n for n, place in zip(names, places) if place is None and same(n, './' if by_name else '.0') not in there]
 
 
 def _names(source: Source) -> dict[str, int]:
@@ -208,7 +233,7 @@ def _names(source: Source) -> dict[str, int]:
 
 def _read_answers(columns: Columns, source: Source, answers: str, names: list[str], path: str) -> NDArray[Any]:
     """Return classes int64 `[N]` or probabilities float32 `[N, C]`, checked."""
-    column = _first(_CLASS, columns)
+    column = None if _PROBABILITIES in columns else _first(_CLASS, columns)  # which may be the true one beside them
     found: NDArray[Any]
     try:
         if column is not None:

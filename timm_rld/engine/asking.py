@@ -168,7 +168,8 @@ class Ahead:
         epoch, device = self.state.epoch, self.state.accelerator.device
         if self.mixup.active:  # on the device, as the step does it
             pixels = self.mixup(pixels.to(device), target.to(device), epoch, number)[0].cpu()
-        pixels = self.state.task.images(pixels)
+        with self.state.accelerator.autocast():  # as the step makes them of noise
+            pixels = self.state.task.images(pixels)
 
         def compute(chosen: Tensor | None = None) -> Tensor:
             with asked_about(self._named(epoch, number, indices if chosen is None else indices[chosen])):

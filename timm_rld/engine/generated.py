@@ -61,9 +61,10 @@ def check_data(criterion: DistillLoss | None, train: Source, config: Config) -> 
             'images that are kept in memory; use hfds/… or a folder, or give a --generator'
         )
     if len(train) < settings.batch_size:
+        smaller = f', or --generator-kwargs batch_size={max(2, len(train) // 2)}' if len(train) > 1 else ''
         raise UserError(
             f'--distill {config.distill}: {len(train)} training image(s) are fewer than a batch of the generator; give '
-            f'a larger --train-fraction, or --generator-kwargs batch_size={max(2, len(train) // 2)}'
+            f'a larger --train-fraction{smaller}'
         )
     if why := check_size(train.num_classes, settings.img_size, channels):
         raise UserError(f'--generator-kwargs {why}')
@@ -88,6 +89,8 @@ def read_generator(path: str, num_classes: int, in_chans: int) -> Generator:
         if (folder / 'model.safetensors').is_file():
             place = folder / 'model.safetensors'
             break
+    if place.is_dir():
+        raise UserError(f'{flag}: holds no generator (generator/model.safetensors); has its run finished phase 1?')
     try:
         found = generator_of(load_weights(str(place), '--generator'))
     except UserError:

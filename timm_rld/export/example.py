@@ -6,6 +6,7 @@ import math
 
 from .graph import About
 
+HEADING = '# The five most probable classes of images'
 _NEEDS = {'onnx': 'onnxruntime, Pillow and NumPy', 'pt2': 'torch and Pillow'}
 _IMPORT = {'onnx': 'import numpy as np, onnxruntime', 'pt2': 'import torch'}
 _OPEN = {'onnx': 'onnxruntime.InferenceSession(__file__[:-3])', 'pt2': 'torch.export.load(__file__[:-3]).module()'}
@@ -30,7 +31,7 @@ def example(name: str, format: str, about: About) -> str:
     to, upright = about['input'], about['preprocessing']['exif']
     opened = 'ImageOps.exif_transpose(Image.open(path))' if upright else 'Image.open(path)'
     lines = [
-        f'# The five most probable classes of images: python {name}.py IMAGE …  (needs {_NEEDS[format]})',
+        f'{HEADING}: python {name}.py IMAGE …  (needs {_NEEDS[format]})',
         'import json, sys',
         _IMPORT[format],
         f'from PIL import Image{", ImageOps" if upright else ""}',

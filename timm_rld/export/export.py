@@ -28,7 +28,7 @@ from ..run_folder import versions
 from . import check as checks
 from . import onnx as of_onnx
 from . import pt2 as of_pt2
-from .example import example
+from .example import HEADING, example
 from .graph import About, Graph, OpenFile, describe, prepare, reason, trace
 from .quantize import IMAGES, quantize
 
@@ -119,6 +119,7 @@ def export_file(
             _write(plan, about, part)
         side: dict[str, Any] = {
             **about, 'weights': weights, 'format': format, 'bytes': part.stat().st_size, 'versions': versions(),
+            **({'epochs': opened.settings.epochs} if opened.settings is not None else {}),  # of the run by now
             'check': None if plan.val is None else _check(plan, part, min_agreement, log),
         }  # fmt: skip
         with writing(file):
@@ -156,7 +157,8 @@ def _target(opened: OpenModel, weights: str, format: str, precision: str, output
     if output is not None:
         file = Path(output).expanduser()
     else:
-        stem = opened.name.rstrip('/').rpartition('/')[2].rpartition(':')[2] or 'model'
+        name = str(Path(opened.name).resolve()) if Path(opened.name).is_dir() else opened.name  # of '.' too
+        stem = name.rstrip('/').rpartition('/')[2].rpartition(':')[2] or 'model'
         folder = opened.run if opened.run is not None else Path()
         stem = _NAMES[weights] if opened.run is not None else stem
         file = folder / f'{stem}{"" if precision == "fp32" else f"-{precision}"}.{format}'
@@ -164,7 +166,23 @@ def _target(opened: OpenModel, weights: str, format: str, precision: str, output
             raise UserError(f'{folder}: cannot be written (Permission denied); give --output FILE')
     if file.exists():
         raise UserError(f'--output {file}: is there already; delete it, or name another file')
+    for beside in (f'{file.name}.json', f'{file.name}.py'):
+        if not _may_be_replaced(file.with_name(beside)):
+            raise UserError(
+                f'--output {file}: {beside} would be written beside it, and is there already; name another file'
+            )
     return file
+
+
+def _may_be_replaced(beside: Path) -> bool:
+    """Return whether there is no such file, or one that an earlier export has left."""
+    if not beside.exists():
+        return True
+    try:
+        text = beside.read_text(encoding='utf-8')
+        return text.startswith(HEADING) if beside.suffix == '.py' else 'preprocessing' in json.loads(text)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _open_data(plan: Plan, given: dict[str, Any], check: bool, log: Log) -> Plan:

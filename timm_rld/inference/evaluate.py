@@ -135,8 +135,8 @@ def evaluation_settings(
             f'--teacher {teacher}: the teacher of {opened.name} can only be asked, and is not asked for an evaluation; '
             'its answers for the validation images are in predictions.parquet of the run'
         )
-    closed = taken_by('load_query', 'QueryTeacher', 'AnswersFile')
-    config = resolve(dataclasses.replace(base, **Config().pick(*closed)))  # a network is evaluated as it is
+    of_training = taken_by('load_query', 'QueryTeacher', 'AnswersFile', 'TeacherCache')
+    config = resolve(dataclasses.replace(base, **Config().pick(*of_training)))  # a network is evaluated as it is
     config.teacher = teacher and model_name(teacher, '--teacher')
     config.teacher_pretrained = True
     config.in_chans = opened.data_config['input_size'][0]

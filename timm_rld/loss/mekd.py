@@ -142,6 +142,11 @@ class MEKD(DistillLoss):
         return to_pixels(self._generator(z), self.image_size)
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the generator is; None for one without weights."""
+        return next((p.device for p in self._generator.parameters()), None)
+
+    @property
     def _generator(self) -> nn.Module:
         if self.generator is None:
             raise ValueError("MEKD: needs a generator: create_distill_loss('mekd', generator=…)")
