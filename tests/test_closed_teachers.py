@@ -251,7 +251,7 @@ def test_a_service_that_is_down_at_the_start_is_one_error(argv, tmp_path, monkey
     assert main([*argv, '--experiment', 'x']) == 1
     out, err = capsys.readouterr()
     assert len(err.splitlines()) == 1 and 'ConnectionRefusedError: the service is down' in err
-    assert 'apple/000.png' in err and 'note' not in out and not (tmp_path / 'x').exists()
+    assert 'apple/000.png' in err and 'attempt' not in err and 'note' not in out and not (tmp_path / 'x').exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- runs

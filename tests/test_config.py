@@ -82,6 +82,7 @@ def test_recipes_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_without_a_dataset_the_samples_settings_apply_and_elsewhere_timms():
+    assert resolve(parse_args([*PAIR, '--epochs', '2'])).distill_warmup_epochs == 2
     sample = resolve(parse_args(PAIR))
     assert (sample.img_size, sample.train_crop_mode, sample.hflip, sample.teacher_pretrained) == (32, 'pad', 0, False)
     assert sample.teacher_epochs > 0 and sample.val_split == 'test'

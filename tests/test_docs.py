@@ -207,7 +207,7 @@ def known_flags() -> set[str]:
     for name, row in FIELDS.items():
         flags |= {flag_of(name), flag_of(f'no_{name}')} if str(row.type).startswith('bool') else {flag_of(name)}
     sources = [ROOT / 'timm_rld' / '__main__.py', *(ROOT / 'timm_rld' / 'bench').glob('*.py')]
-    sources += [*(ROOT / 'benchmarks').glob('*.py'), ROOT / 'tests' / 'soak.py']
+    sources += [*(ROOT / 'benchmarks').glob('*.py'), *(ROOT / 'examples').glob('*/*.py'), ROOT / 'tests' / 'soak.py']
     for source in sources:
         flags |= set(re.findall(r"add_argument\(\s*'(--[\w-]+)'", read(source)))
     return flags | OTHERS

@@ -370,6 +370,7 @@ def test_a_variant_of_a_comparison_has_a_method_on_features_after_a_plus():
     for text, message in (
         ('rld+att', "unknown method 'att' (did you mean 'at'"),
         ('rld+at:q=1', "method 'at' has no option 'q'"),
+        ('none+fitnet:stge=3', "(did you mean 'stage'?); it has: stage"),
         ('rld+at+sp', 'expected one criterion and at most one method'),
         ('+at', 'unknown criterion'),
     ):

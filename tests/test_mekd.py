@@ -474,6 +474,11 @@ def test_a_collapse_is_said_with_what_to_try(counts, said):
 # ------------------------------------------------------------------------------------------------------------- refused
 
 
+def test_a_generator_that_is_given_sets_aside_how_a_recipe_trains_one():
+    config = parse_args(['--config', 'configs/blackbox/sample_mekd.yaml', '--generator', 'x'])
+    assert (config.generator, config.generator_epochs, config.generator_kwargs) == ('x', None, {})
+
+
 @pytest.mark.parametrize(
     ('extra', 'message'),
     [

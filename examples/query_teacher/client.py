@@ -21,5 +21,8 @@ def ask(images: np.ndarray) -> np.ndarray:
     body = io.BytesIO()
     np.save(body, images, allow_pickle=False)
     request = urllib.request.Request(f'{URL}/ask', data=body.getvalue(), method='POST')
-    with urllib.request.urlopen(request, timeout=50) as reply:
-        return np.load(io.BytesIO(reply.read()), allow_pickle=False)
+    try:
+        with urllib.request.urlopen(request, timeout=50) as reply:
+            return np.load(io.BytesIO(reply.read()), allow_pickle=False)
+    except OSError as e:
+        raise ConnectionError(f'{e} at {URL} (service.py runs there? QUERY_TEACHER_URL names another address)') from e

@@ -392,8 +392,8 @@ def run_of(path: str) -> Path:
 
 def _still_meant(from_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return the file's settings without those that complete a choice that the command line has changed: the options of
-    another criterion or attack, the columns of a Hub dataset where `--data-dir` or `--labels` names files, the
-    validation split where `--val-fraction` makes one."""
+    another criterion or attack, the training of a generator where `--generator` names one, the columns of a Hub dataset
+    where `--data-dir` or `--labels` names files, the validation split where `--val-fraction` makes one."""
     dropped: list[str] = []
     for choice in ('distill', 'feature_distill'):
         before = from_file.get(choice, FIELDS[choice].default)
@@ -405,6 +405,8 @@ def _still_meant(from_file: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     attack = from_file.get('poison', FIELDS['poison'].default)
     if given.get('poison', attack) != attack:
         dropped += marked('belongs_to', 'poison')
+    if given.get('generator') is not None:  # which is trained already
+        dropped += ['generator_epochs', 'generator_kwargs']
     if 'val_fraction' in given and 'val_split' not in given:
         dropped += marked('belongs_to', 'val_fraction')
     return {k: v for k, v in from_file.items() if k not in dropped}

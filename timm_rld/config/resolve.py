@@ -151,6 +151,8 @@ def _resolve_sample(c: Config) -> None:
         del defaults['val_split']
     if family_of(c.opt) is not SGD:
         del defaults['lr_base']
+    epochs = defaults['epochs'] if c.epochs is None else c.epochs
+    defaults['distill_warmup_epochs'] = min(defaults['distill_warmup_epochs'], epochs)
     own_weights = c.teacher_checkpoint is not None or ':' in (c.teacher or '')  # else it is trained
     _default(c, teacher_pretrained=own_weights, teacher_epochs=0 if own_weights else None)
     _default(c, **defaults)

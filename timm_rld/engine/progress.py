@@ -42,7 +42,7 @@ class Progress:
         elapsed = time.perf_counter() - self.started
         images = state.means.count * state.accelerator.num_processes
         rate = (images - self.images) / (time.perf_counter() - self.epoch_started)
-        losses = ' '.join(f'{k} {means[k]:.4f}' for k in ('loss', 'task_loss', 'kd_loss') if k in means)
+        losses = ' '.join(f'{k} {means[k]:.4f}' for k in ('loss', 'task_loss', 'kd_loss', 'feature_loss') if k in means)
         lr = state.optimizer.param_groups[0]['lr']
         if self.bar is not None:
             self.bar.update(self.unshown)
@@ -60,9 +60,9 @@ class Progress:
         """Show an epoch's row of the log."""
         if not self.active:
             return
-        terms = {'task': row['train_task_loss'], 'kd': row['train_kd_loss']}
-        shown = ' '.join(f'{name} {value:.4f}' for name, value in terms.items() if not math.isnan(value))
-        kd = '' if math.isnan(row['train_kd_loss']) else f' ({shown})'
+        terms = {name: row.get(f'train_{name}_loss', math.nan) for name in ('task', 'kd', 'feature')}
+        shown = ' '.join(f'{name} {value:.4g}' for name, value in terms.items() if not math.isnan(value))
+        kd = '' if math.isnan(terms['kd']) and math.isnan(terms['feature']) else f' ({shown})'
         ema = f' ema {row["eval_top1_ema"]:.2f}' if 'eval_top1_ema' in row else ''
         done = row['epoch'] * self.batches - self.first
         left = (self.epochs - row['epoch']) * self.batches

@@ -261,7 +261,8 @@ class QueryTeacher(ClosedTeacher):
                 return found
             failed = f'{self._where(images)}{error}'
             if attempt == self.retries or self.stopping.is_set():
-                raise QueryError(f'{failed}; attempt {attempt + 1} of {self.retries + 1} (--query-retries)')
+                asked = f'; attempt {attempt + 1} of {self.retries + 1} (--query-retries)' if self.retries else ''
+                raise QueryError(failed + asked)
             self.log(f'note: {failed}; asking again in {wait:g} s')
             self.stopping.wait(wait)
             wait = min(2 * wait, _LONGEST_WAIT)

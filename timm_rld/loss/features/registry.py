@@ -151,8 +151,9 @@ def create_feature_loss(name: str, **options: Any) -> FeatureLoss:
         options = {k: v for k, v in options.items() if k not in shapes}
     for option in options:
         if option not in known:
-            has = f'it has: {", ".join(known)}' if known else 'it has none'
-            raise ValueError(f"method '{name}' has no option '{option}'{did_you_mean(option, known)}; {has}")
+            own = [n for n in known if n not in shapes]
+            has = f'it has: {", ".join(own)}' if own else 'it has none'
+            raise ValueError(f"method '{name}' has no option '{option}'{did_you_mean(option, own)}; {has}")
     try:
         criterion = row.cls(**{**row.options, **options})
     except (TypeError, ValueError) as e:
