@@ -568,6 +568,8 @@ class Depends(Graph):
         (['{run}', '--min-agreement', '2'], 2, '--min-agreement 2: is a share, from 0 to 1'),
         (['{run}', '--min-agreement', '0.9', '--no-check'], 2, '--no-check compares nothing'),
         (['{run}', '--format', 'pt2', '--output', 'm.onnx'], 2, '--output m.onnx: is the name of another --format'),
+        (['{run}', '--output', 'm.pb'], 2, '--output m.pb: must end in .onnx'),
+        (['{run}', '--output', 'config', '--format', 'pt2'], 2, '--output config: must end in .pt2'),
         (['{run}', '--output', '{there}'], 1, 'is there already; delete it, or name another file'),
         (['{run}', '--output', '{there}/m.onnx'], 1, 'there is no folder'),
         (['{run}', '--weights', 'none'], 2, "--weights: invalid choice: 'none'"),
@@ -585,7 +587,7 @@ def test_what_is_wrong_is_said_in_a_line_before_any_work(run, flags, code, text,
     assert [p.name for p in tmp_path.iterdir()] == ['there.onnx']
 
 
-@pytest.mark.parametrize(('name', 'beside'), [('results', 'results.json'), ('model', 'model.py')])
+@pytest.mark.parametrize(('name', 'beside'), [('m.pt2', 'm.pt2.json'), ('m.pt2', 'm.pt2.py')])
 def test_a_file_beside_the_output_that_is_no_export_is_never_overwritten(run, name, beside, tmp_path, capsys):
     (tmp_path / beside).write_text('{"top1": 90}')
     assert export(run, tmp_path / name, '--no-check') == 1

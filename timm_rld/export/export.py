@@ -138,6 +138,8 @@ def _check_arguments(
     format = format or (suffix if suffix in FORMATS else 'onnx')
     if suffix in FORMATS and suffix != format:
         raise UsageError(f'--output {output}: is the name of another --format than {format}')
+    if output and suffix != format:  # without one, NAME.json and NAME.py beside it may be files of a model or a run
+        raise UsageError(f'--output {output}: must end in .{format}')
     if precision == 'int8' and format != 'onnx':
         raise UsageError(f'--precision int8: is made by onnxruntime; --format {format} has fp32 alone')
     if min_agreement is not None and not 0 <= min_agreement <= 1:
