@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import Config, marked, parse_args
+from .config import Config, completing, parse_args
 from .errors import UsageError
 from .metrics import t_quantile
 from .poison import ATTACKS, check_poison, check_strength
@@ -167,7 +167,7 @@ def _parse_attack(text: str) -> tuple[str, str, float | None, list[float]]:
 
 def without_attack(config: Config) -> Config:
     """Return the settings that all runs of a comparison share, whatever its attacks, so that others can be added."""
-    return config.changed(poison='none', **dict.fromkeys(marked('belongs_to', 'poison')))
+    return config.changed(poison='none', **dict.fromkeys(completing('poison')))
 
 
 def is_clean(row: dict[str, Any]) -> bool:

@@ -210,16 +210,12 @@ def read_exports(folder: Path) -> list[Export]:
     """Return the exported files that lie in a run folder, by name; one whose side file is gone or damaged is left out,
     and so is one of a student that the run has since trained for more epochs."""
     found = []
-    try:
-        epochs = json.loads((folder / 'results.json').read_text(encoding='utf-8'))['epochs']
-    except (OSError, ValueError, KeyError, TypeError):
-        epochs = None
     for side in sorted(folder.glob('*.json')):
         file = side.with_suffix('')
         try:
             about = json.loads(side.read_text(encoding='utf-8')) if file.is_file() else {}
             complete = {'format', 'precision', 'weights', 'bytes', 'check'} <= set(about)
-            of_this_student = about.get('epochs', epochs) == epochs
+            of_this_student = 'epochs' not in about or is_finished(folder, about['epochs'])
             if complete and of_this_student and about['bytes'] == file.stat().st_size:
                 found.append(Export(file, about))
         except (OSError, ValueError, TypeError):

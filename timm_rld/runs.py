@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import FIELDS, Config, flag_of, load_yaml, marked, parse_args, resolve, to_yaml
+from .config import FIELDS, Config, completing, flag_of, load_yaml, marked, parse_args, resolve, to_yaml
 from .errors import Stopped, UsageError, UserError, writing
 from .files import LockedError, lock, write_atomic
 from .loss import choose_criterion, published_defaults
@@ -77,7 +77,7 @@ def _flags_of(text: str, part: str, choice: str) -> list[str]:
     """
     name, _, rest = part.partition(':')
     options, flags = [], [flag_of(choice), name]
-    own = marked('belongs_to', choice)
+    own = completing(choice)
     kwargs = next(name for name in own if name.endswith('_kwargs'))
     for item in filter(None, re.split(r',(?![^\[]*\])', rest)):  # not within a list
         key, sep, value = item.partition('=')

@@ -171,6 +171,7 @@ def _find_images(columns: Columns, train: Source, val: Source, path: str) -> tup
     if key is None:
         raise UserError(f'{FLAG} {path}: needs a column file (names of images) or index; it has {_some(columns)}')
     names = ['' if x is None else str(x) for x in columns[key]]
+    names = [x.removeprefix('./') if by_name else x.removesuffix('.0') for x in names]
     splits = [str(x) for x in columns[SPLIT_COLUMN]] if SPLIT_COLUMN in columns else None
     known: list[dict[str, int]] = []
     for source in (train, val):
@@ -180,7 +181,6 @@ def _find_images(columns: Columns, train: Source, val: Source, path: str) -> tup
             break
     found: list[Place | None] = []
     for row, name in enumerate(names):
-        name = name.removeprefix('./') if by_name else name.removesuffix('.0')
         there = [
             (i, known[i][name])
             for i, source in enumerate((train, val))
@@ -209,11 +209,10 @@ def _not_in_the_dataset(
     names: list[str], places: Sequence[Place | None], whole: Source | None, columns: Columns
 ) -> list[str]:
     """Return the names of the images that are in neither split, nor in the one of which there is a share alone."""
-    by_name, there = _first(PATH_COLUMNS, columns), dict[str, int]()
+    there: set[str] = set()
     if whole is not None:
-        there = _names(whole) if by_name else {f'{_INDEX} {i}': 0 for i in _places(whole)}
-    same = str.removeprefix if by_name else str.removesuffix
-    return [n for n, place in zip(names, places) if place is None and same(n, './' if by_name else '.0') not in there]
+        there = set(_names(whole)) if _first(PATH_COLUMNS, columns) else {f'{_INDEX} {i}' for i in _places(whole)}
+    return [name for name, place in zip(names, places) if place is None and name not in there]
 
 
 def _names(source: Source) -> dict[str, int]:

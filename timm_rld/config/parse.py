@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from ..errors import UsageError, did_you_mean
-from .settings import FIELDS, Config, Origin, flag_of, marked
+from .settings import FIELDS, Config, Origin, completing, flag_of
 
 # ------------------------------------------------------------------------------------------------ types and values
 
@@ -395,18 +395,13 @@ def _still_meant(from_file: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     another criterion or attack, the training of a generator where `--generator` names one, the columns of a Hub dataset
     where `--data-dir` or `--labels` names files, the validation split where `--val-fraction` makes one."""
     dropped: list[str] = []
-    for choice in ('distill', 'feature_distill'):
+    for choice in ('distill', 'feature_distill', 'poison', 'generator'):
         before = from_file.get(choice, FIELDS[choice].default)
         if given.get(choice, before) != before:
-            dropped += marked('belongs_to', choice)
+            dropped += completing(choice)
     of_hub = str(from_file.get('dataset')).startswith(('hfds/', 'hfids/'))
     if of_hub and 'dataset' not in given and ('data_dir' in given or 'labels' in given):
-        dropped += ['dataset', *marked('belongs_to', 'dataset')]
-    attack = from_file.get('poison', FIELDS['poison'].default)
-    if given.get('poison', attack) != attack:
-        dropped += marked('belongs_to', 'poison')
-    if given.get('generator') is not None:  # which is trained already
-        dropped += ['generator_epochs', 'generator_kwargs']
+        dropped += ['dataset', *completing('dataset')]
     if 'val_fraction' in given and 'val_split' not in given:
-        dropped += marked('belongs_to', 'val_fraction')
+        dropped += completing('val_fraction')
     return {k: v for k, v in from_file.items() if k not in dropped}

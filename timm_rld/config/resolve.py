@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UsageError
 from ..files import cores
 from .learning_rate import LARGEST_BATCH, SGD, family_of, scaled_rate
-from .settings import FIELDS, Config, flag_of, marked, taken_by
+from .settings import FIELDS, Config, completing, flag_of, taken_by
 
 
 def auto_workers() -> int:
@@ -214,7 +214,7 @@ def _check(c: Config) -> None:
 def _check_features(c: Config) -> None:
     """Refuse features of a teacher that shows none, and settings of a method where there is none."""
     if c.feature_distill == 'none':
-        for name in marked('belongs_to', 'feature_distill'):
+        for name in completing('feature_distill'):
             if getattr(c, name) not in (None, {}, ()):
                 raise UsageError(f'{flag_of(name)}: needs --feature-distill NAME')
         return

@@ -228,10 +228,10 @@ class Config:
         used_by='read_generator:path', path=True, belongs_to='distill')  # fmt: skip
     generator_epochs: int | None = setting(None, GENERATED,
         'epochs of phase 1, which trains the generator on the training images (default: 200)', ge=1,
-        used_by='generator_settings:epochs', belongs_to='distill')  # fmt: skip
+        used_by='generator_settings:epochs', belongs_to='generator')  # fmt: skip
     generator_kwargs: dict = setting({}, GENERATED,
         'settings of phase 1, as name=value: batch_size=64 lr=2e-4 info_weight=0.5 info=paper img_size=32',
-        used_by='generator_settings:options', belongs_to='distill')  # fmt: skip
+        used_by='generator_settings:options', belongs_to='generator')  # fmt: skip
     steps_per_epoch: int | None = setting(None, GENERATED,
         'optimizer steps of an epoch of the student, on generated images (default: 500)', ge=1,
         belongs_to='distill')  # fmt: skip
@@ -540,6 +540,12 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 def marked(mark: str, value: Any = True, settings: type[Config] = Config) -> list[str]:
     """Return the names of the settings whose rows carry a mark, e.g. ``marked('resumable')``."""
     return [f.name for f in dataclasses.fields(settings) if f.metadata[mark] == value]
+
+
+def completing(choice: str) -> list[str]:
+    """Return the names of the settings that complete a choice (``belongs_to``), and of those that complete theirs."""
+    own = marked('belongs_to', choice)
+    return [*own, *(deeper for name in own for deeper in completing(name))]
 
 
 def taken_by(*functions: str) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ..config import FIELDS, Config, flag_of, marked
+from ..config import FIELDS, Config, completing, flag_of, marked
 from ..config.settings import GENERATED
 from ..errors import UsageError, did_you_mean
 from ..loss import CRITERIA
@@ -98,7 +98,7 @@ def check_generated(config: Config) -> None:
                 )
     if config.generator is not None:
         for name in own:
-            if name in ('generator_epochs', 'generator_kwargs'):
+            if name in completing('generator'):
                 raise UsageError(f'{flag_of(name)} with --generator {config.generator}: which is trained already')
         return
     settings = generator_settings(**config.arguments_of('generator_settings'))

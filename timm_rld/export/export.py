@@ -136,10 +136,9 @@ def _check_arguments(
     """Check what needs no model, and return the format."""
     suffix = Path(output).suffix[1:].lower() if output else ''
     format = format or (suffix if suffix in FORMATS else 'onnx')
-    if suffix in FORMATS and suffix != format:
-        raise UsageError(f'--output {output}: is the name of another --format than {format}')
-    if output and suffix != format:  # without one, NAME.json and NAME.py beside it may be files of a model or a run
-        raise UsageError(f'--output {output}: must end in .{format}')
+    if output and suffix != format:  # NAME.json and NAME.py beside NAME could be files of a model or a run
+        wrong = f'is the name of another --format than {format}' if suffix in FORMATS else f'must end in .{format}'
+        raise UsageError(f'--output {output}: {wrong}')
     if precision == 'int8' and format != 'onnx':
         raise UsageError(f'--precision int8: is made by onnxruntime; --format {format} has fp32 alone')
     if min_agreement is not None and not 0 <= min_agreement <= 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, flag_of, marked, parse_args, resolve
+from ..config import Config, completing, flag_of, parse_args, resolve
 from ..data import Source, open_splits
 from ..errors import UsageError, UserError, writing
 from ..files import LockedError, lock, write_atomic
@@ -145,7 +145,7 @@ def _check(
     check_shared(shared)
     parse_args(['--tune-holdout', str(holdout)])
     named = {f.partition('=')[0] for f in flags}
-    for name in ('standardize', 'no_standardize', *marked('belongs_to', 'distill')):
+    for name in ('standardize', 'no_standardize', *completing('distill')):
         if flag_of(name) in named:
             raise UsageError(f"{flag_of(name)}: is searched; what is to stay fixed follows a colon: 'rld:beta=2'")
     config = check_flags(seeds, flags, 'tune')
