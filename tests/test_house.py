@@ -41,7 +41,6 @@ FLOORS = {
     'resume': {'errors', 'files', 'config', 'distributed', 'data', 'run_folder'},
     'runs': {'errors', 'files', 'metrics', 'config', 'loss'},
     'poison_study': {'errors', 'metrics', 'config', 'poison', 'runs'},
-    'compare': {'errors', 'files', 'config', 'runs', 'poison_study'},
     'tune': {'errors', 'files', 'config', 'data', 'loss', 'runs'},
     # 4
     'engine': {
@@ -62,6 +61,7 @@ FLOORS = {
         'hub',
     },
     # 5
+    'compare': {'errors', 'files', 'config', 'engine', 'runs', 'poison_study'},
     'inference': {
         'errors',
         'files',

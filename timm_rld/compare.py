@@ -14,6 +14,7 @@ from typing import Any
 
 from . import poison_study
 from .config import Config, resolve
+from .engine import check_settings
 from .errors import UserError, writing
 from .files import write_atomic
 from .poison_study import COLUMNS, Poisoning, is_clean, plan_study, without_attack
@@ -79,7 +80,7 @@ def compare(
     variants = [parse_variant(c, answers) for c in criteria]
     study = plan_study(poison, poison_fractions, config, variants)
     for variant in variants:
-        check_variant(variant, [*flags, *_without_features(config)])
+        check_variant(variant, [*flags, *_without_features(config)], check_settings)
     claim(output, without_attack(config), 'a comparison')
     launch = launch_command(launcher)
     with_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)

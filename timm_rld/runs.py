@@ -128,10 +128,14 @@ def check_flags(seeds: Sequence[int], flags: Sequence[str], verb: str) -> Config
     return config
 
 
-def check_variant(variant: Variant, flags: Sequence[str]) -> None:
-    """Raise UsageError where a variant cannot be had with the flags of all runs: before the others take their hours."""
+def check_variant(variant: Variant, flags: Sequence[str], check: Callable[[Config], None]) -> None:
+    """Raise UsageError where a variant cannot be had with the flags of all runs: before the others take their hours.
+
+    Args:
+        check: what a run checks before it builds anything (:func:`timm_rld.engine.check_settings`).
+    """
     try:
-        resolve(parse_args([*flags, *variant.flags]), published=published_defaults)
+        check(resolve(parse_args([*flags, *variant.flags]), published=published_defaults))
     except UsageError as e:
         raise UsageError(f'--criteria {variant.label}: {e}') from e
 
