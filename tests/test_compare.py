@@ -30,12 +30,16 @@ def test_means_deviations_gains_and_paired_intervals():
     deviation = math.sqrt(((2 - 5 / 3) ** 2 + (3 - 5 / 3) ** 2 + (0 - 5 / 3) ** 2) / 2)
     assert kd['interval'] == pytest.approx(4.303 * deviation / math.sqrt(3))
     assert rld['rld_minus_this'] is None and rld['gain_over_none'] == pytest.approx(3)
+    assert rld['gain_interval'] == pytest.approx(4.303 / math.sqrt(3)), 'gains of 3, 4 and 2'
+    assert none['gain_interval'] is None
 
 
-def test_one_seed_has_no_plus_minus_and_says_so():
+def test_gains_have_intervals_but_for_one_seed_which_says_so():
     found = dict(teacher='a', student='b', epochs=2, seeds=[0], runs=rows(none=[60], rld=[62]))
     text = markdown({**found, 'criteria': summarize(found['runs'])})
     assert '±' not in text and 'One seed' in text
+    found = dict(teacher='a', student='b', epochs=2, seeds=[0, 1], runs=rows(none=[60, 60], rld=[61, 63]))
+    assert '| +2.00 ± 12.71 |' in markdown({**found, 'criteria': summarize(found['runs'])})
     assert '| none | 60.00 | 61.00 | 59.00 |  | +2.00 |' in text
 
 

@@ -30,6 +30,7 @@ from .runs import (
     parse_variant,
     run_training,
     same_held_out,
+    show_difference,
     slug,
     train_teacher,
 )
@@ -148,7 +149,7 @@ def _run_all(
 
 def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return for each criterion: last and best top-1 (mean, and deviation over seeds), gain over `none`, and how much
-    better RLD is on the same seed: the mean difference with its 95% confidence interval (Student's t). Differences are
+    better RLD is on the same seed: mean differences with their 95% confidence intervals (Student's t). Differences are
     over the seeds that both have. With one seed there is no deviation and no interval, without a run there is no
     figure: they are None.
 
@@ -170,7 +171,8 @@ def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list
         entry: dict[str, Any] = {'criterion': name, 'seeds': len(runs)}
         for key in ('top1', 'top1_best'):
             entry[key], entry[f'{key}_std'] = mean_std([r[key] for r in runs.values()])
-        entry['gain_over_none'] = _difference(runs, none)[0] if none and name != 'none' else None
+        gains = _difference(runs, none) if none and name != 'none' else (None, None)
+        entry['gain_over_none'], entry['gain_interval'] = gains
         entry['rld_minus_this'], entry['interval'] = _difference(rld, runs) if rld not in (None, runs) else (None, None)
         for key in ('macro', 'agreement', 'images_per_second'):
             values = [r[key] for r in runs.values() if r.get(key) is not None]
@@ -207,10 +209,8 @@ def markdown(found: dict[str, Any]) -> str:
         last, best = (
             f'{e[k]:.2f}' + ('' if e[f'{k}_std'] is None else f' ± {e[f"{k}_std"]:.2f}') for k in ('top1', 'top1_best')
         )
-        gain = '' if e['gain_over_none'] is None else f'{e["gain_over_none"]:+.2f}'
-        against = '' if e['rld_minus_this'] is None else f'{e["rld_minus_this"]:+.2f}'
-        if against and e['interval'] is not None:
-            against += f' ± {e["interval"]:.2f}'
+        gain = show_difference(e['gain_over_none'], e['gain_interval'])
+        against = show_difference(e['rld_minus_this'], e['interval'])
         agreement = '' if e['agreement'] is None else f'{e["agreement"]:.1f}'
         macro = '' if e['macro'] is None else f'{e["macro"]:.2f}'
         lines.append(

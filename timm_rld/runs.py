@@ -105,6 +105,11 @@ def paired_difference(differences: Sequence[float]) -> tuple[float | None, float
     return mean_interval(differences) if differences else (None, None)
 
 
+def show_difference(mean: float | None, half: float | None) -> str:
+    """Return the text of a difference, `+1.20 ± 0.35`, as far as it and half the width of its interval are known."""
+    return '' if mean is None else f'{mean:+.2f}' + ('' if half is None else f' ± {half:.2f}')
+
+
 def check_flags(seeds: Sequence[int], flags: Sequence[str], verb: str) -> Config:
     """Return the settings that all runs share.
 

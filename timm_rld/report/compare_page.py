@@ -111,7 +111,8 @@ def _table(found: dict[str, Any], reference: str | None) -> Table:
             continue
         rows.append([
             e['criterion'], cell(e['top1'], spread=e['top1_std']), cell(e['top1_best'], spread=e['top1_best_std']),
-            cell(e.get('macro')), cell(e['gain_over_none'], '+.2f'), cell(e['rld_minus_this'], '+.2f', e['interval']),
+            cell(e.get('macro')), cell(e['gain_over_none'], '+.2f', e.get('gain_interval')),
+            cell(e['rld_minus_this'], '+.2f', e['interval']),
             cell(e['agreement'], '.1f'), cell(e['images_per_second'], ',.0f'), e['seeds'],
         ])  # fmt: skip
     note = '± is the deviation over seeds; of differences, half the 95% interval' if several else 'One seed'

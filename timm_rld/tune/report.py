@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..config import FIELDS, parse_args
-from ..runs import mean_std, paired_difference
+from ..runs import mean_std, paired_difference, show_difference
 
 
 def summarize(found: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +80,7 @@ def _worth(difference: dict[str, Any]) -> str:
 
 
 def _shown(difference: dict[str, Any]) -> str:
-    half = '' if difference['interval'] is None else f' ± {difference["interval"]:.2f}'
-    return f'{difference["mean"]:+.2f}{half}'
+    return show_difference(difference['mean'], difference['interval'])
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -102,8 +101,10 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(f'| {entry["role"]} | `{entry["settings"]}` | {shown} |')
     lines += ['', '| difference, paired by seed | points |', '| --- | --- |']
     lines += [f'| {d["of"]} - {d["over"]} | {_shown(d)} |' for d in found['differences'] if d['mean'] is not None]
-    lines += ['', 'Top-1 in percent, of the last epoch; ± is the standard deviation over seeds, of differences half '
-              'the 95% interval.']  # fmt: skip
+    spread = 'one seed, so no deviation and no interval can be given'
+    if len(seeds) > 1:
+        spread = '± is the standard deviation over seeds, of differences half the 95% interval'
+    lines += ['', f'Top-1 in percent, of the last epoch; {spread}.']
     if found['failed']:
         lines += ['Failed, and so not in these figures: '
                   + ', '.join(f'{f["role"]} seed {f["seed"]}' for f in found['failed']) + '.']  # fmt: skip
