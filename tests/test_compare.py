@@ -98,7 +98,11 @@ def test_the_same_call_goes_on_with_what_is_missing_and_more_criteria_can_be_add
         (['--criteria', 'rld:beta=abc'], 2, '--criteria rld:beta=abc: '),
         (['--seeds', '-1'], 2, '--seed: must be at least 0'),
         (['--criteria', 'kd:beta'], 2, 'expected name=value after the colon'),
-        (['--criteria', 'kd', 'mekd:task_loss_weight=1'], 2, '--criteria mekd:task_loss_weight=1: --task-loss-weight 1 w'),
+        (
+            ['--criteria', 'kd', 'mekd:task_loss_weight=1'],
+            2,
+            '--criteria mekd:task_loss_weight=1: --task-loss-weight 1 w',
+        ),
     ],
 )
 def test_a_wrong_comparison_says_so_before_any_run(compared, capsys, extra, code, message):

@@ -32,7 +32,7 @@ from timm_rld.hub.card import card_section
 from timm_rld.hub.push import write_files
 from timm_rld.inference import open_model
 from timm_rld.pairing import Normalize
-from timm_rld.report import run_page
+from timm_rld.report.run.verdict import _exports
 from timm_rld.run_folder import read_exports, read_run
 from train_distill import main
 
@@ -156,7 +156,7 @@ def test_a_runs_exports_go_to_the_hub_and_its_report_as_long_as_they_are_of_its_
     write_files(files, run / 'student' / 'model.safetensors', tmp_path, 'me/x', 'mit', 'last', None)
     assert {p.name for p in found.beside} < {p.name for p in tmp_path.iterdir()}
     assert '| `student.pt2` | last | fp32 |' in (tmp_path / 'README.md').read_text()
-    table = run_page._exports(types.SimpleNamespace(run=files))
+    table = _exports(types.SimpleNamespace(run=files))
     assert table.rows[0][:3] == ['student.pt2', 'last', 'fp32'] and table.rows[0][5] == '100.00 %'
     side = side_of(found.file)
     assert side['epochs'] == 3
@@ -167,7 +167,7 @@ def test_a_runs_exports_go_to_the_hub_and_its_report_as_long_as_they_are_of_its_
     assert len(read_exports(run)) == 1
     with found.file.open('ab') as f:  # it is no longer what was checked
         f.write(b'x')
-    assert read_exports(run) == [] and run_page._exports(types.SimpleNamespace(run=files)) is None
+    assert read_exports(run) == [] and _exports(types.SimpleNamespace(run=files)) is None
     assert '## Exports' not in card_section(files, 'me/x', 'last', False)
 
 

@@ -167,7 +167,7 @@ def test_the_card_of_a_run_shows_names_as_text(planted):
 
 
 def test_a_csv_holds_no_formula(planted):
-    from timm_rld.report.run_page import as_csv
+    from timm_rld.report.page import as_csv
 
     assert as_csv(['a'], [['=cmd()'], ['@x'], ['-3'], [4]]).split() == ['a', "'=cmd()", "'@x", '-3', '4']
 
@@ -365,7 +365,7 @@ def test_a_command_is_broken_between_flags_and_can_be_copied_whole(planted):
 def test_the_commands_of_a_report_can_be_run(planted):
     (planted / 'teacher').mkdir()
     (planted / 'teacher' / 'config.json').write_text('{}')
-    from timm_rld.report.run_page import Report, base_facts
+    from timm_rld.report.run import Report, base_facts
 
     run = read_run(planted)
     facts = base_facts(Report(run, open_images(run), None, None, [], planted / 'report.html'))
@@ -604,7 +604,7 @@ def test_a_command_that_trains_again_has_a_folder_and_a_teacher_cache_of_its_own
 
 
 def test_what_is_offered_after_a_run_without_a_teacher_needs_none(folder, tmp_path):
-    from timm_rld.report.run_page import Report, base_facts
+    from timm_rld.report.run import Report, base_facts
 
     run = read_run(plant_run(tmp_path / 'run', ['a', 'b', 'c'], None, data_dir=str(folder), teacher=None,
                              distill='none', models=False))  # fmt: skip

@@ -7,9 +7,11 @@ untrusted text: all that a template shows is escaped, and the page's own policy 
 from __future__ import annotations
 
 import base64
+import csv
 import functools
 import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,3 +135,18 @@ def thumbnail(image: Image.Image, size: int = 64) -> str:
     kind, file = 'png' if max(image.size) <= 64 else 'jpeg', io.BytesIO()
     image.save(file, kind, quality=80, optimize=True)
     return f'data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
+
+
+def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table as CSV; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+
+    def safe(value: Any) -> Any:
+        if re.fullmatch(r'[+-]\d+(\.\d+)?', str(value)):
+            return str(value).removeprefix('+')
+        return f"'{value}" if isinstance(value, str) and value[:1] in ('=', '+', '@', '\t', '\r') else value
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(header)
+    writer.writerows([safe(value) for value in row] for row in rows)
+    return text.getvalue()

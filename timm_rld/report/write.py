@@ -16,7 +16,8 @@ from .compare_page import baseline_of, compare_page, read_comparison
 from .figures import Predictions, read_predictions
 from .images import data_config, open_images
 from .page import require
-from .run_page import Report, run_page
+from .run import Report
+from .run_page import run_page
 
 
 def write_report(
