@@ -46,7 +46,8 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     # ---- data
     open_splits = functools.partial(data.open_splits, log=log, **config.arguments_of('open_splits'))
     train_split, val_split = main_first(accelerator, open_splits)
-    config.give(train_split=train_split.split, val_split=None if config.val_fraction else val_split.split)
+    held_out = config.val_fraction or config.tune_holdout  # of the training split
+    config.give(train_split=train_split.split, val_split=config.val_split if held_out else val_split.split)
     main_only(accelerator, lambda: data.first_look(train_split, val_split, config.on_bad_image, log))
     num_classes, class_names = train_split.num_classes, train_split.class_names
     engine.check_data(criterion, train_split, config)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -173,6 +174,16 @@ def test_the_sample_is_used_and_named_where_no_dataset_is(tmp_path, capsys):
     assert out.startswith('No --dataset or --data-dir: using the sample') and out.count('UCI handwritten digits') == 1
     results = json.loads((tmp_path / 's' / 'results.json').read_text())
     assert results['num_classes'] == 10
+
+
+def test_a_search_holds_out_of_the_sample_too(tmp_path):
+    argv = ['--student', 'test_resnet', '--distill', 'none', '--epochs', '1', '--warmup-epochs', '0', '--tune-holdout',
+            '0.2', '--output', str(tmp_path), '--experiment', 's']  # fmt: skip
+    assert main(argv) == 0
+    settings = yaml.safe_load((tmp_path / 's' / 'args.yaml').read_text())
+    assert (settings['train_split'], settings['val_split'], settings['tune_holdout']) == ('train', 'test', 0.2)
+    images = pq.read_metadata(tmp_path / 's' / 'predictions.parquet').num_rows
+    assert 280 < images < 300, 'a fifth of the 1,437 training images'
 
 
 def test_the_file_as_a_program_exits_with_the_codes_it_promises(tmp_path):
