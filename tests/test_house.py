@@ -41,7 +41,6 @@ FLOORS = {
     'resume': {'errors', 'files', 'config', 'distributed', 'data', 'run_folder'},
     'runs': {'errors', 'files', 'metrics', 'config', 'loss'},
     'poison_study': {'errors', 'metrics', 'config', 'poison', 'runs'},
-    'tune': {'errors', 'files', 'config', 'data', 'loss', 'runs'},
     # 4
     'engine': {
         'errors',
@@ -61,6 +60,7 @@ FLOORS = {
         'hub',
     },
     # 5
+    'tune': {'errors', 'files', 'config', 'data', 'engine', 'loss', 'runs'},
     'compare': {'errors', 'files', 'config', 'engine', 'runs', 'poison_study'},
     'inference': {
         'errors',

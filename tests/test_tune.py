@@ -15,10 +15,10 @@ import pytest
 
 import train_distill
 from timm_rld.__main__ import main
-from timm_rld.config import Config, load_yaml, parse_args, resolve
+from timm_rld.config import Config, load_yaml, parse_args, resolve, to_yaml
 from timm_rld.data import open_splits
 from timm_rld.errors import Stopped, UsageError, UserError
-from timm_rld.loss import CRITERIA, choose_criterion, get_criterion
+from timm_rld.loss import CRITERIA, choose_criterion, get_criterion, published_defaults
 from timm_rld.runs import wait_until_free
 from timm_rld.tune import markdown, tune
 from timm_rld.tune.candidates import SHARED, Candidate, choose, defaults, knobs_of, learning_rate, sample, shorter
@@ -114,6 +114,24 @@ def test_what_a_file_of_settings_says_of_a_criterion_is_its_default_and_not_that
     assert texts == ['none', 'rld:beta=0.5,temperature=1,distill_warmup_epochs=1', 'kd']
 
 
+def test_what_a_run_derived_in_its_args_yaml_is_searched_as_if_it_were_not_there(tmp_path):
+    run = resolve(WHOLE.changed(distill='rld'), published=published_defaults)
+    (tmp_path / 'args.yaml').write_text(to_yaml(run))
+    again = parse_args(['--config', str(tmp_path / 'args.yaml')])
+    assert again.distill_loss_weight == 1 and again.origin.derived
+    assert [c.text(100) for c in defaults(['rld', 'kd'], again)] == ['none', 'rld', 'kd']
+    assert choose(defaults(['rld'], again), 9, 42, ['lr'], again) == choose(
+        defaults(['rld'], WHOLE), 9, 42, ['lr'], WHOLE
+    )
+
+
+def test_options_of_a_generator_after_the_colon_are_kept():
+    text = 'mekd:generator_epochs=7,generator_kwargs=[info_weight=0.1,batch_size=16]'
+    found = defaults([text], WHOLE)[1]
+    given = parse_args(found.flags(100))
+    assert (given.generator_epochs, given.generator_kwargs) == (7, {'info_weight': 0.1, 'batch_size': 16})
+
+
 def test_the_learning_rate_is_searched_on_request_for_none_too():
     config = resolve(WHOLE)
     assert learning_rate(WHOLE) == ('lr_base', config.lr_base)
@@ -127,10 +145,16 @@ def test_the_learning_rate_is_searched_on_request_for_none_too():
 
 def test_a_shorter_run_shortens_what_counts_epochs():
     config = parse_args(['--epochs', '100', '--warmup-epochs', '10', '--cooldown-epochs', '4', '--teacher-cache', 'x',
-                         '--teacher-cache-views', '20', '--mixup-off-epoch', '80'])  # fmt: skip
+                         '--teacher-cache-views', '20', '--mixup-off-epoch', '80', '--data-dir', '.'])  # fmt: skip
     short = resolve(parse_args(['--teacher', 'a', '--student', 'b', '--teacher-cache', 'x', *shorter(config, 12)]))
     assert (short.epochs, short.warmup_epochs, short.cooldown_epochs, short.mixup_off_epoch) == (12, 1, 0, 10)
     assert short.teacher_cache_views == 12 and short.decay_milestones == (11, 22, 32)
+    early = parse_args(['--epochs', '100', '--mixup-off-epoch', '4', '--data-dir', '.'])
+    assert parse_args(shorter(early, 12)).mixup_off_epoch == 1, '0 would be never'
+    pair = ['--teacher', 'a', '--student', 'b']
+    whole = resolve(parse_args(pair))
+    ramps = [resolve(parse_args([*pair, *shorter(whole, n)])).distill_warmup_epochs for n in (1, 3, 6, 11)]
+    assert whole.distill_warmup_epochs == 3 and ramps == [1, 1, 2, 3], "the sample's ramp"
 
 
 # ----------------------------------------------------------------------------------------------------------- the budget
@@ -410,6 +434,9 @@ PAIR = ['--teacher', 'test_resnet', '--student', 'test_resnet', '--epochs', '8']
         ([*PAIR, '--criteria', 'kd', 'kd:temperature=2'], 2, '--criteria: kd is there twice'),
         ([*PAIR, '--criteria', 'kd:beta=2'], 2, "criterion 'kd' has no option 'beta'"),
         ([*PAIR, '--distill-kwargs', 'beta=2'], 2, '--distill-kwargs: is searched; '),
+        ([*PAIR, '--criteria', 'la', '--class-weights', 'auto'], 2, '--criteria la: --class-weights'),
+        ([*PAIR, '--criteria', 'mekd', '--teacher-cache', 'x'], 2, '--criteria mekd: --teacher-cache'),
+        ([*PAIR, '--criteria', 'kd', 'lr', '--black-box', 'soft'], 2, '--criteria lr: with --black-box soft'),
         ([*PAIR, '--seed', '3'], 2, '--seed: is chosen for each run'),
         ([*PAIR, '--tune-holdout', '0.7'], 2, '--tune-holdout: must be at most 0.5, got 0.7'),
         ([*PAIR, '--push-to-hub'], 2, '--push-to-hub: tune makes many students'),

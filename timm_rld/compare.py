@@ -80,11 +80,12 @@ def compare(
     answers = resolve(config).black_box
     variants = [parse_variant(c, answers) for c in criteria]
     study = plan_study(poison, poison_fractions, config, variants)
-    for variant in variants:
-        check_variant(variant, [*flags, *_without_features(config)], check_settings)
-    claim(output, without_attack(config), 'a comparison')
-    launch = launch_command(launcher)
     with_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
+    trained = ['--teacher-epochs', '0'] if with_teacher else []
+    for variant in variants:
+        check_variant(variant, [*flags, *_without_features(config), *trained], check_settings)
+    launch = launch_command(launcher)
+    claim(output, without_attack(config), 'a comparison')
     jobs = [
         (v, p, s, output / f'{slug(v.label)}{p.suffix}-seed{s}') for s in seeds for v in variants for p in study.of(v)
     ]

@@ -236,6 +236,6 @@ def collapse(counts: Sequence[int], class_names: Sequence[str] | None = None) ->
     what = ', and '.join(filter(None, [missing, f'their entropy is {entropy:.2f} of 1']))
     return (
         f'the generator has collapsed: among {total:,} generated images {what}, so the student learns little of the '
-        'rest. Try another --seed, --generator-epochs (more where the entropy in generator.csv still rises, fewer where '
-        'it has fallen), a smaller --generator-kwargs info_weight, or a larger --train-fraction'
+        'rest. Try another --seed, --generator-epochs (more where the entropy in generator.csv still rises, fewer '
+        'where it has fallen), a smaller --generator-kwargs info_weight, or a larger --train-fraction'
     )

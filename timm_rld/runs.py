@@ -140,7 +140,9 @@ def check_variant(variant: Variant, flags: Sequence[str], check: Callable[[Confi
         check: what a run checks before it builds anything (:func:`timm_rld.engine.check_settings`).
     """
     try:
-        check(resolve(parse_args([*flags, *variant.flags]), published=published_defaults))
+        config = resolve(parse_args([*flags, *variant.flags]), published=published_defaults)
+        check(config)
+        choose_criterion(config.distill, config.standardize, config.distill_kwargs, config.black_box)
     except UsageError as e:
         raise UsageError(f'--criteria {variant.label}: {e}') from e
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import FIELDS, Config, flag_of, parse_args, resolve
+from ..config import FIELDS, Config, completing, flag_of, parse_args, resolve, uses_sample
 from ..errors import UsageError, did_you_mean
 from ..loss import CRITERIA, Knob, get_criterion
 from ..runs import parse_variant
@@ -66,6 +66,8 @@ def ramp_epochs(share: float, epochs: int) -> int:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return f'[{",".join(f"{k}={_word(v)}" for k, v in value.items())}]'
     return f'{value:g}' if isinstance(value, float) else str(value).replace(' ', '')
 
 
@@ -85,13 +87,15 @@ def published(text: str, config: Config) -> Candidate:
         raise UsageError(f'--criteria {text}: tune searches criteria alone; compare takes a method on features')
     given, row = parse_args(list(variant.flags)), get_criterion(text.partition(':')[0])
     assert config.epochs
+    own = [n for n in completing('distill') if n != 'distill_kwargs']
     sources = [given] if config.distill != given.distill else [config, given]
     values: dict[str, Any] = {}
     for source in sources:
         if source.standardize and (source is given or not row.not_standardized):
             values['standardize'] = True
         values |= source.distill_kwargs
-        values |= {k: getattr(source, k) for k in row.defaults(config.epochs) if getattr(source, k) is not None}
+        given_there = [n for n in own if getattr(source, n) != getattr(Config(), n) and n not in source.origin.derived]
+        values |= {n: getattr(source, n) for n in given_there}
     if RAMP in values:
         values[RAMP] = values[RAMP] / config.epochs
     return Candidate(given.distill, tuple(values.items()), 'published')
@@ -204,6 +208,8 @@ def shorter(config: Config, epochs: int) -> list[str]:
     whole = config.epochs
     assert whole
     flags = ['--epochs', str(epochs)]
+    if uses_sample(config) and (ramp := resolve(config).distill_warmup_epochs):  # whatever the criterion
+        flags += [flag_of(RAMP), str(ramp_epochs(ramp / whole, epochs))]
     if config.teacher_cache_views is not None:
         flags += ['--teacher-cache-views', str(min(config.teacher_cache_views, epochs))]
     for name, row in FIELDS.items():
@@ -216,5 +222,6 @@ def shorter(config: Config, epochs: int) -> list[str]:
         elif isinstance(value, float):
             flags += [flag_of(name), f'{value * epochs / whole:g}']
         else:
-            flags += [flag_of(name), str(min(round(value * epochs / whole), epochs - 1))]
+            least = 1 if name == 'mixup_off_epoch' else 0  # of which 0 means never
+            flags += [flag_of(name), str(min(max(least, round(value * epochs / whole)), epochs - 1))]
     return flags

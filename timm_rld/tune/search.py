@@ -14,11 +14,15 @@ from typing import Any
 
 from ..config import Config, completing, flag_of, parse_args, resolve
 from ..data import Source, open_splits
+from ..engine import check_settings
 from ..errors import UsageError, UserError, writing
 from ..files import LockedError, lock, write_atomic
+from ..loss import CRITERIA
 from ..runs import (
+    Variant,
     check_flags,
     check_unique,
+    check_variant,
     claim,
     launch_command,
     run_training,
@@ -108,8 +112,13 @@ def tune(
     flags = [*flags, *same_held_out(given)]
     config = resolve(given).changed(teacher_cache_views=given.teacher_cache_views)
     assert config.epochs is not None  # filled in by resolve()
-    whole = dataclasses.replace(given, epochs=config.epochs)
+    whole = given.changed(epochs=config.epochs)
     always = defaults(criteria, whole)
+    with_teacher = bool(config.teacher_epochs)
+    for candidate in always:
+        trained = ['--teacher-epochs', '0'] if with_teacher else []
+        text = candidate.text(config.epochs)
+        check_variant(Variant(text, tuple(candidate.flags(config.epochs))), [*flags, *trained], check_settings)
     rungs = plan(parse_budget(budget), config.epochs, len(always))
     seed = next(n for n in range(42, 2**31) if n not in seeds)
     candidates = choose(always, rungs[0].candidates, seed, shared, whole)
@@ -121,7 +130,6 @@ def tune(
          'the seed of the candidates': seed, 'candidates': [c.text(config.epochs) for c in candidates]},
     )  # fmt: skip
     cache, why = _cache(output, given, config, kept)
-    with_teacher = bool(config.teacher_epochs)
     search = Search(
         output, whole, flags, launch_command(launcher), seed, holdout, cache, given.teacher_cache,
         (len(kept) + len(held), len(kept), len(held)), log,
@@ -208,9 +216,13 @@ def _cache(output: Path, given: Config, config: Config, kept: Source) -> tuple[P
     assert config.epochs is not None
     width = 4 if config.teacher_cache_dtype == 'float32' else 2
     views = config.teacher_cache_views or min(10, config.epochs)
-    needed, free = len(kept) * kept.num_classes * width * views, shutil.disk_usage(output).free
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    needed, free = len(kept) * kept.num_classes * width * views, shutil.disk_usage(there).free
     if needed > free / 2 and not folder.exists():
-        return None, f'it would take {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are left'
+        why = f'it would take {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are left'
+        if given.teacher_cache:
+            raise UserError(f'--teacher-cache {given.teacher_cache}: {why}; name a folder on a larger disk')
+        return None, why
     return folder, ''
 
 
@@ -292,7 +304,8 @@ def _run_rung(
             'number': index, 'candidate': text, 'criterion': candidate.criterion, 'origin': candidate.origin,
             'top1': None, 'reason': None, 'run': f'rung-{number}/{index:02}-{candidate.criterion}', 'seconds': None,
         }  # fmt: skip
-        cache = ['--teacher-cache', str(search.cache)] if search.cache else []
+        cached = search.cache is not None and not CRITERIA[candidate.criterion].generated
+        cache = ['--teacher-cache', str(search.cache)] if cached else []
         command = [
             *search.launch, *search.flags, *shorter(search.config, rung.epochs), *candidate.flags(rung.epochs),
             '--seed', str(search.seed), '--tune-holdout', str(search.holdout), *cache, '--checkpoint-hist', '1',
