@@ -617,12 +617,20 @@ def test_a_part_of_a_split_has_the_answers_of_its_own_images(folder, tmp_path, p
         assert not any('are not in this dataset' in line for line in said)
 
 
-def test_a_column_of_classes_beside_probabilities_is_not_taken_for_the_answers(folder, tmp_path):
+@pytest.mark.parametrize('columns', ['list', 'numbered', 'named'])
+def test_a_column_of_classes_beside_probabilities_is_not_taken_for_the_answers(folder, tmp_path, columns):
     rows = [{**r, 'label': 'apple'} for r in answers_of(folder, ('train',))]
+    splits = open_splits(None, data_dir=str(folder))
+    if columns != 'list':
+        names = ['p0', 'p1', 'p2'] if columns == 'numbered' else splits[0].class_names
+        for row in rows:
+            row.update(zip(names, row.pop('probabilities')))
     file = write(tmp_path / 'a.parquet', rows)
-    assert answers_kind(file) == 'soft'
-    answers = AnswersFile(file, *open_splits(None, data_dir=str(folder)), 'hard', lambda _: None)
-    assert torch.allclose(answers.logits(1, torch.arange(41), torch.zeros(41)).mean(dim=0), torch.ones(3) / 3, atol=0.1)
+    assert answers_kind(file) == ('soft' if columns != 'named' else 'hard'), "names of classes are the dataset's"
+    for kind in ('soft', 'hard'):
+        answers = AnswersFile(file, *splits, kind, lambda _: None).logits(1, torch.arange(41), torch.zeros(41))
+        shares = (answers.exp() if kind == 'soft' else answers).mean(dim=0)
+        assert torch.allclose(shares, torch.ones(3) / 3, atol=0.1)
 
 
 def test_images_of_a_file_that_are_not_in_the_dataset_are_counted(folder, from_file, tmp_path, capsys):

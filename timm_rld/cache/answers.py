@@ -23,6 +23,7 @@ from ..pairing import QueryError, Teacher, check_answer, hard_rows, soft_rows
 FLAG = '--teacher-answers'
 _CLASS = (*LABEL_COLUMNS, 'class_1')  # as `timm-rld predict` writes it
 _PROBABILITIES, _INDEX = 'probabilities', 'index'
+_NUMBERED = ('', 'p', 'prob_')  # before a class's number, where each has a column
 _SHOWN = 5  # images that a message names
 Columns = dict[str, Any]
 Place = tuple[int, int]  # 0: training split, 1: validation split; and the image's place in it
@@ -115,7 +116,8 @@ def answers_kind(path: str) -> str:
         UserError: where it cannot be read.
     """
     columns = read_columns(path, names_alone=True)
-    return 'hard' if _first(_CLASS, columns) and _PROBABILITIES not in columns else 'soft'
+    probabilities = _PROBABILITIES in columns or any(f'{prefix}0' in columns for prefix in _NUMBERED)
+    return 'hard' if _first(_CLASS, columns) and not probabilities else 'soft'
 
 
 def read_columns(path: str, names_alone: bool = False) -> Columns:
@@ -233,14 +235,19 @@ def _names(source: Source) -> dict[str, int]:
 def _read_answers(columns: Columns, source: Source, answers: str, names: list[str], path: str) -> NDArray[Any]:
     """Return classes int64 `[N]` or probabilities float32 `[N, C]`, checked."""
     column = None if _PROBABILITIES in columns else _first(_CLASS, columns)  # which may be the true one beside them
+    each = _columns_of_classes(columns, source)
     found: NDArray[Any]
     try:
-        if column is not None:
+        if column is not None and not each:
             found = _classes(columns[column], source, column)
         elif _PROBABILITIES in columns:
             found = _lists(columns[_PROBABILITIES])
+        elif each:
+            found = np.array([columns[name] for name in each], dtype=np.float32).T
         else:
-            found = _one_each(columns, source)
+            raise ValueError(
+                f'needs a column class, a column probabilities, or a column for each class; it has {_some(columns)}'
+            )
     except ValueError as e:
         raise UserError(f'{FLAG} {path}: {e}') from e
     try:
@@ -274,15 +281,14 @@ def _lists(values: Any) -> NDArray[np.float32]:
     return np.array(rows, dtype=np.float32)
 
 
-def _one_each(columns: Columns, source: Source) -> NDArray[np.float32]:
-    """Probabilities in a column for each class: `cat`, `dog`; `0`, `1`; `p0`, `p1`; `prob_0`, `prob_1`."""
-    numbered = ([f'{prefix}{i}' for i in range(source.num_classes)] for prefix in ('', 'p', 'prob_'))
+def _columns_of_classes(columns: Columns, source: Source) -> list[str]:
+    """Return the columns of probabilities, one for each class: `cat`, `dog`; `0`, `1`; `p0`, `p1`; `prob_0`, `prob_1`.
+    Empty where there are none."""
+    numbered = ([f'{prefix}{i}' for i in range(source.num_classes)] for prefix in _NUMBERED)
     for names in (source.class_names or [], *numbered):
         if names and all(name in columns for name in names):
-            return np.array([columns[name] for name in names], dtype=np.float32).T
-    raise ValueError(
-        f'needs a column class, a column probabilities, or a column for each class; it has {_some(columns)}'
-    )
+            return list(names)
+    return []
 
 
 def _first(names: Sequence[str], columns: Columns) -> str | None:
