@@ -427,6 +427,44 @@ def test_phase_1_asks_the_teacher_only_where_its_answer_matters(info, answers, t
         assert all(p.min() >= 0 and p.max() <= 255 for p in asked) and 0 <= history[0]['entropy'] <= 1
 
 
+def test_a_teacher_that_falls_silent_in_phase_1_leaves_a_checkpoint_from_which_the_same_generator_comes(tmp_path):
+    accelerator, teacher = create_accelerator(), Fixed('logits')
+    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+    calls = iter(range(99))
+
+    def ask(pixels):
+        if next(calls) == 4:
+            raise UserError('the teacher does not answer')
+        return teacher(pixels)
+
+    def train(of, folder):
+        (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(folder / 'checkpoints', 2, print)
+        checkpoints.prepare('auto' if any((folder / 'checkpoints').iterdir()) else None, accelerator)
+        return train_generator(
+            images, of, 'logits', GeneratorSettings(epochs=3, batch_size=8), accelerator, num_classes=5,
+            image_size=(24, 24), seed=0, folder=folder, checkpoints=checkpoints,
+        )[0].state_dict()  # fmt: skip
+
+    whole = train(teacher, tmp_path / 'whole')
+    with pytest.raises(UserError, match=r'the teacher does not answer; .* --resume .* continues'):
+        train(ask, tmp_path / 'run')
+    found = train(ask, tmp_path / 'run')
+    assert next(calls) == 10, 'the answers of nine steps, one of them asked for twice'
+    assert all(torch.equal(found[k], whole[k]) for k in whole)
+
+
+def test_a_generator_whose_losses_are_not_finite_is_an_error_that_names_the_flag(tmp_path):
+    settings = GeneratorSettings(epochs=3, batch_size=8, lr=1e30)
+    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+    with pytest.raises(UserError, match='losses of the generator in epoch 1 are .*nan.*--generator-kwargs lr'):
+        train_generator(
+            images, Fixed('logits'), 'logits', settings, create_accelerator(), num_classes=5, image_size=(24, 24),
+            seed=0, folder=tmp_path,
+        )  # fmt: skip
+    assert not (tmp_path / 'generator.csv').exists()
+
+
 def test_phase_1_reads_each_image_as_the_student_sees_it(folder):
     train, _ = open_splits(None, data_dir=str(folder), train_fraction=0.5)
     view = dict(interpolation='bilinear', crop_pct=1.0, crop_mode='center')

@@ -64,6 +64,8 @@ class GeneratorState:
             accelerator.prepare(torch.optim.Adam(network.parameters(), settings.lr, (0.5, 0.999)))
             for network in (self.generator, self.discriminator)
         )
+        if accelerator.scaler is not None:  # else phase 1 began with the scale at which the teacher's training ended
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler(device.type).state_dict())
         self.epoch, self.batch, self.updates = 1, 0, 0
         self.history: list[dict[str, float]] = []
         self.start_epoch()
@@ -77,7 +79,9 @@ class GeneratorState:
         """Write a checkpoint; called on every process, as :meth:`timm_rld.engine.state.TrainState.save`."""
         error = None
         if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
             state = {
+                'scaler': scaler.state_dict() if scaler is not None else None,
                 'optimizers': [self.of_generator.state_dict(), self.of_discriminator.state_dict()],
                 'means': self.means.state(), 'counts': self.counts.cpu(), 'seconds': self.seconds,
             }  # fmt: skip
@@ -96,6 +100,8 @@ class GeneratorState:
         self.discriminator.load_state_dict(checkpoint.weights['discriminator'])
         for optimizer, saved in zip((self.of_generator, self.of_discriminator), state['optimizers']):
             optimizer.load_state_dict(saved)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
         self.history, self.updates = checkpoint.history, at.updates
         self.epoch, self.batch = (at.epoch + 1, 0) if at.batch is None else (at.epoch, at.batch)
         if at.batch is not None:
@@ -195,13 +201,17 @@ def train_generator(
                 started = time.perf_counter()
                 real = images[[index for _, index in keys]].to(accelerator.device).float() / 127.5 - 1
                 step_seed = derive_seed(GENERATOR, seed, state.epoch, state.batch) & 0x7FFFFFFFFFFFFFFF
-                generator_step(state, real, ask, settings, step_seed)
+                try:
+                    generator_step(state, real, ask, settings, step_seed)
+                except UserError as e:
+                    ends.no_answer(str(e))
                 state.batch, state.updates = state.batch + 1, state.updates + 1
                 state.seconds += time.perf_counter() - started
                 progress.step()
                 if state.batch < len(order):
                     ends.where_asked_to(state.batch)
             row = state.summary_row()
+            _check_finite(row)
             state.history.append(row)
             progress.end_epoch(row)
             accelerator.log({f'{PHASE}/{k}': v for k, v in row.items()}, step=state.epoch)
@@ -237,31 +247,62 @@ class _Ends:
         why = '--max-queries: too few are left for the next step; stopped'
         self._end(why, 1, self.state.batch, ' --max-queries N')
 
-    def _end(self, why: str, code: int, batch: int | None, more: str = '') -> NoReturn:
+    def no_answer(self, reason: str) -> NoReturn:
+        """After a step that could not be done since a closed teacher does not answer; called on every process."""
+        self._save(self.state.batch)
+        raise UserError(f'{reason}; {self._continues()}')
+
+    def _save(self, batch: int | None) -> None:
         if batch is not None and self.checkpoints is not None:
             self.state.save(self.checkpoints, batch)
-        continues = f'accelerate launch train_distill.py --resume {self.folder}{more} continues'
-        raise Stopped(f'{why} in epoch {self.state.epoch} of the {PHASE}; {continues}', code)
+
+    def _continues(self, more: str = '') -> str:
+        return f'accelerate launch train_distill.py --resume {self.folder}{more} continues'
+
+    def _end(self, why: str, code: int, batch: int | None, more: str = '') -> NoReturn:
+        self._save(batch)
+        raise Stopped(f'{why} in epoch {self.state.epoch} of the {PHASE}; {self._continues(more)}', code)
+
+
+def _check_finite(row: dict[str, float]) -> None:
+    if not math.isfinite(row['d_loss'] + row['g_loss']):
+        raise UserError(
+            f'the losses of the {PHASE} in epoch {row["epoch"]} are {row["d_loss"]:.4g} and {row["g_loss"]:.4g}; try a '
+            'lower --generator-kwargs lr'
+        )
 
 
 def generator_step(
     state: GeneratorState, real: Tensor, ask: Asked, settings: GeneratorSettings, step_seed: int
 ) -> None:
-    """One step of the discriminator, then one of the generator, and their figures.
+    """One step of the discriminator, then one of the generator, and their figures. The teacher is asked before both.
 
     Args:
         real: images `[m, channels, n, n]` in -1..1.
         ask: the teacher.
         step_seed: of noise and dropout.
+
+    Raises:
+        UserError: on every process, where no answer comes to one; the networks are then as they were.
     """
     accelerator, generator, discriminator, m = state.accelerator, state.generator, state.discriminator, len(real)
     torch.manual_seed(step_seed)
     of_fake, of_step = (torch.randn(m, generator.num_classes).to(real.device) for _ in range(2))
 
-    discriminator.requires_grad_(True)
+    before = [buffer.clone() for buffer in generator.buffers()]  # of batch norm
     with accelerator.autocast():
         with torch.no_grad():
             fake = generator(of_fake)
+        images = generator(of_step)
+    try:
+        answer = ask(images, f'{m} generated images (phase 1, epoch {state.epoch}, batch {state.batch + 1})')
+    except UserError:
+        for buffer, value in zip(generator.buffers(), before):
+            buffer.copy_(value)
+        raise
+
+    discriminator.requires_grad_(True)
+    with accelerator.autocast():
         real_scores, fake_scores = discriminator(real).float(), discriminator(fake).float()
     d_loss = discriminator_loss(real_scores, fake_scores)
     state.of_discriminator.zero_grad()
@@ -270,12 +311,10 @@ def generator_step(
 
     discriminator.requires_grad_(False)
     with accelerator.autocast():
-        images = generator(of_step)
         scores = discriminator(images).float()
     g_loss = adversarial = adversarial_loss(scores)
     figures = {'d_loss': d_loss, 'adversarial_loss': adversarial}
     if settings.info_weight:
-        answer = ask(images, f'{m} generated images (phase 1, epoch {state.epoch}, batch {state.batch + 1})')
         if settings.info == 'coded':  # the published program looks at the images anew, with other dropout
             state.counts += torch.bincount(answer.argmax(dim=1), minlength=len(state.counts))
             with accelerator.autocast():
