@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from timm_rld.__main__ import main
 from timm_rld.compare import compare, markdown, summarize
+from timm_rld.config import Config, parse_args
 from timm_rld.errors import Stopped, UserError
-from timm_rld.runs import parse_variant
+from timm_rld.runs import claim, parse_variant, reference_of
 
 
 def rows(**top1: list[float]) -> list[dict]:
@@ -173,6 +176,47 @@ def test_tables_are_made_of_the_runs_that_there_are(folder, tmp_path, monkeypatc
         assert kd['rld_minus_this'] == 10, 'of seeds 0 and 2'
         assert '| kd | 61.67 ' in table and '| rld (2 of 3 seeds) | 72.00 ' in table
         assert 'Failed, and so not in these figures: none seed 0, dkd seed 0, ' in table
+
+
+def test_the_reference_is_rld_or_its_first_variant():
+    assert reference_of(['none', 'rld:beta=2', 'rld', 'kd']) == 'rld'
+    assert reference_of(['kd', 'rld+at', 'rld:beta=2']) == 'rld+at'
+    assert reference_of(['none', 'kd']) is None
+    two = rows(**{'rld:beta=2': [61, 62], 'rld': [65, 66], 'none': [60, 60]})
+    found = dict(teacher='a', student='b', epochs=2, seeds=[0, 1], runs=two, criteria=summarize(two))
+    assert found['criteria'][0]['rld_minus_this'] == 4 and '| rld minus this |' in markdown(found)
+
+
+def test_with_standardized_logits_of_a_file_none_is_still_none():
+    variant = parse_variant('none')
+    config = parse_args(['--standardize', *variant.flags])
+    assert not config.standardize and config.distill == 'none'
+    assert '--no-standardize' not in parse_variant('rld').flags
+
+
+def test_a_launcher_that_is_no_program_is_refused_before_anything_is_written(tmp_path, capsys):
+    argv = ['compare', '--criteria', 'none', '--seeds', '0', '--teacher', 'test_resnet', '--student', 'test_resnet',
+            '--output', str(tmp_path / 'out'), '--launcher']  # fmt: skip
+    for launcher, said in (('acelerate launch', 'there is no program acelerate'), ("a 'b", 'No closing quotation')):
+        assert main([*argv, launcher]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
+def test_a_folder_in_which_a_comparison_goes_on_is_refused_to_another(tmp_path):
+    code = (
+        'import sys, time; from pathlib import Path; from timm_rld.config import Config; '
+        'from timm_rld.runs import claim; '
+        "claim(Path(sys.argv[1]), Config(), 'a comparison'); print('claimed', flush=True); time.sleep(99)"
+    )
+    other = subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'out')], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == 'claimed\n'
+        with pytest.raises(UserError, match=f'out: in use by process {other.pid} on'):
+            claim(tmp_path / 'out', Config(), 'a comparison')
+    finally:
+        other.kill()
+        other.wait()
+    claim(tmp_path / 'out', Config(), 'a comparison')
 
 
 def test_a_variant_is_its_flags():

@@ -74,7 +74,19 @@ FLOORS = {
         'hub',
         'engine',
     },
-    'report': {'errors', 'files', 'metrics', 'config', 'loss', 'data', 'run_folder', 'cache', 'poison', 'poison_study'},
+    'report': {
+        'errors',
+        'files',
+        'metrics',
+        'config',
+        'loss',
+        'data',
+        'run_folder',
+        'cache',
+        'poison',
+        'poison_study',
+        'runs',
+    },
     # 6
     'bench': {
         'errors',

@@ -86,6 +86,12 @@ def test_no_temperature_of_a_fine_grid_has_a_lower_loss_than_the_best(scale):
     assert all(loss(best) <= loss(t) + 1e-9 for t in (best * 0.99, best * 1.01))
 
 
+def test_of_logits_that_say_nothing_the_best_temperature_is_the_highest():
+    assert metrics.best_temperature(np.full((9, 5), 0.3, np.float32), np.arange(9) % 5) == 100
+    all_said = metrics.best_temperature(1e4 * np.eye(5, dtype=np.float32), np.arange(5))
+    assert all_said == pytest.approx(0.01)
+
+
 def test_the_best_temperature_scales_with_the_logits():
     logits, targets = planted()
     once, ten_times = (metrics.best_temperature(k * logits, targets) for k in (1, 10))

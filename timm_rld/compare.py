@@ -28,11 +28,13 @@ from .runs import (
     mean_std,
     paired_difference,
     parse_variant,
+    reference_of,
     run_training,
     same_held_out,
     show_difference,
     slug,
     train_teacher,
+    wait_until_free,
 )
 
 _COLUMNS = ('criterion', 'seed', 'top1', 'top1_best', 'macro', 'teacher_top1', 'agreement', 'images_per_second', 'run')
@@ -75,7 +77,7 @@ def compare(
         Stopped: after SIGTERM or SIGINT.
     """
     output = Path(output).expanduser()
-    config = _check(criteria, seeds, list(flags))
+    config, given = _check(criteria, seeds, list(flags)), list(flags)
     flags = [*flags, *same_held_out(config)]
     answers = resolve(config).black_box
     variants = [parse_variant(c, answers) for c in criteria]
@@ -96,7 +98,8 @@ def compare(
     rows, failed, versions = _run_all(jobs, [*launch, *common, *_without_features(config)], config.teacher_cache, log)
     found = {
         'teacher': config.teacher_name, 'student': config.student, 'epochs': resolve(config).epochs,
-        'flags': shlex.join(flags), 'seeds': list(seeds), 'versions': versions, 'runs': rows, 'failed': failed,
+        'flags': shlex.join(given), 'launcher': launcher, 'seeds': list(seeds), 'versions': versions, 'runs': rows,
+        'failed': failed,
         'criteria': summarize([r for r in rows if is_clean(r)], [v.label for v in variants if study.has_clean(v)]),
         **study.found(rows),
     }  # fmt: skip
@@ -134,6 +137,7 @@ def _run_all(
             flags += ['--teacher-cache', str(Path(cache) / f'seed-{seed}')]
         what, log_run = variant.label + poisoning.title, functools.partial(_log_numbered, log, f'[{n}/{len(jobs)}]')
         try:
+            wait_until_free(folder, f'{what} seed {seed}', log_run)
             results = run_training([*command, *flags], folder, f'{what} seed {seed}', log_run)
         except UserError as e:
             log_run(str(e))
@@ -165,8 +169,8 @@ def summarize(rows: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list
     for row in rows:
         by_name.setdefault(row['criterion'], {})[row['seed']] = row
     none = by_name.get('none')
-    variants = (runs for name, runs in by_name.items() if name.partition(':')[0] == 'rld' and runs)
-    rld = by_name.get('rld') or next(variants, None)
+    reference = reference_of([name for name, runs in by_name.items() if runs])
+    rld = by_name[reference] if reference else None
     found = []
     for name, runs in by_name.items():
         entry: dict[str, Any] = {'criterion': name, 'seeds': len(runs)}
@@ -194,7 +198,7 @@ def markdown(found: dict[str, Any]) -> str:
     teacher = f' (top-1 {teachers.pop():.2f})' if len(teachers) == 1 else ''
     shown = ' '.join(map(str, seeds))
     names = [e['criterion'] for e in found['criteria'] if e['seeds']]
-    reference = 'rld' if 'rld' in names else next((n for n in names if n.startswith('rld:')), 'RLD')
+    reference = reference_of(names) or 'rld'
     lines = [
         f'{found["teacher"]}{teacher} → {found["student"]}, {found["epochs"]} epochs, seeds {shown}.',
         '',

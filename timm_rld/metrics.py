@@ -144,6 +144,8 @@ def best_temperature(
     x, (first, second) = 0.0, slope(0.0)
     if math.isnan(first):
         return math.nan
+    if first == second == 0 and not total(np.array([np.ptp(logits, axis=1).sum()]))[0]:  # each row is of equal logits
+        return TEMPERATURES[1]
     if first < 0 and slope(high)[0] <= 0:
         return TEMPERATURES[0]
     if first > 0 and slope(low)[0] >= 0:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -60,7 +61,9 @@ def parse_variant(text: str, answers: str | None = None) -> Variant:
     ]
     try:
         config = parse_args(flags)
-        choose_criterion(config.distill, config.standardize, config.distill_kwargs, answers)
+        row, _ = choose_criterion(config.distill, config.standardize, config.distill_kwargs, answers)
+        if row.not_standardized:
+            flags.append('--no-standardize')  # whatever a file says
         check_features(config.feature_distill, config.feature_kwargs, config.distill)
     except UsageError as e:
         raise UsageError(f'--criteria {text}: {str(e).partition(": ")[2]}') from e
@@ -103,6 +106,11 @@ def paired_difference(differences: Sequence[float]) -> tuple[float | None, float
     """Return the mean of some differences, one a seed, and half the width of its 95% interval (Student's t); None where
     there are too few."""
     return mean_interval(differences) if differences else (None, None)
+
+
+def reference_of(names: Sequence[str]) -> str | None:
+    """Return the criterion that a comparison holds the others against: `rld`, else the first variant of it."""
+    return 'rld' if 'rld' in names else next((n for n in names if re.split(r'[:+]', n)[0] == 'rld'), None)
 
 
 def show_difference(mean: float | None, half: float | None) -> str:
@@ -163,14 +171,15 @@ def same_held_out(config: Config) -> list[str]:
 
 
 def claim(output: Path, config: Config, what: str) -> None:
-    """Write the settings into a folder, as settings.yaml, so that runs under others are never put into one table.
+    """Write the settings into a folder, as settings.yaml, so that runs under others are never put into one table; and
+    lock it for as long as this process lives.
 
     Args:
         output: the folder; is made if it does not exist.
         what: it holds, for messages: `a comparison`.
 
     Raises:
-        UserError: where it holds something else, or cannot be written.
+        UserError: where it holds something else, is in use, or cannot be written.
     """
     file = output / 'settings.yaml'
     try:
@@ -179,6 +188,9 @@ def claim(output: Path, config: Config, what: str) -> None:
             if any(output.iterdir()):
                 raise UserError(f'--output {output}: is not empty; name another folder')
             write_atomic(file, to_yaml(config))
+        lock(output / '.lock')
+    except LockedError as e:
+        raise UserError(f'--output {output}: in use by {e}') from e
     except OSError as e:
         raise UserError(f'--output {output}: cannot be written ({e.strerror})') from e
     there = {**dataclasses.asdict(Config()), **load_yaml(str(file), '--output')}
@@ -194,8 +206,17 @@ def launch_command(launcher: str) -> list[str]:
 
     Args:
         launcher: a command in place of `python`, or an empty text.
+
+    Raises:
+        UsageError: where there is no such program.
     """
-    return [*(shlex.split(launcher) or [sys.executable]), '-m', 'train_distill']
+    try:
+        words = shlex.split(launcher) or [sys.executable]
+    except ValueError as e:
+        raise UsageError(f'--launcher {launcher}: {e}') from e
+    if shutil.which(words[0]) is None:
+        raise UsageError(f'--launcher {launcher}: there is no program {words[0]}')
+    return [*words, '-m', 'train_distill']
 
 
 def train_teacher(

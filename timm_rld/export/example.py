@@ -36,7 +36,7 @@ def example(name: str, format: str, about: About) -> str:
         _IMPORT[format],
         f'from PIL import Image{", ImageOps" if upright else ""}',
         f"about, model = json.load(open(__file__[:-3] + '.json', encoding='utf-8')), {_OPEN[format]}",
-        f"for path in sys.argv[1:] or sys.exit('usage: python {name}.py IMAGE …'):",
+        f'for path in sys.argv[1:] or sys.exit({f"usage: python {name}.py IMAGE …"!r}):',
         f'    im = {opened}',
         "    if im.mode[0] == 'I': im = im.convert('I').point(lambda v: v * (1 / 257) + 0.5).convert('L')",
         '    if im.has_transparency_data: '

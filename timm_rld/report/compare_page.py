@@ -10,6 +10,7 @@ from typing import Any
 from .. import metrics
 from ..errors import UserError
 from ..poison_study import curve, is_clean, names_of
+from ..runs import reference_of
 from . import figures, plots
 from .page import Cell, Table, render
 from .rules import finding
@@ -35,7 +36,7 @@ def read_comparison(folder: Path) -> dict[str, Any] | None:
 def baseline_of(run: Path) -> Path | None:
     """Return the run without distillation of the comparison or search that a run is part of, of the same seed; None
     where there is none."""
-    if (run.parents[1] / 'search.json').exists() and run.parent.name == 'final':  # of `timm-rld tune`
+    if (run.parent.parent / 'search.json').exists() and run.parent.name == 'final':  # of `timm-rld tune`
         role, _, of_seed = run.name.rpartition('-seed')
         none = run.with_name(f'none-seed{of_seed}')
         return none if role not in ('', 'none') and (none / 'results.json').exists() else None
@@ -52,11 +53,11 @@ def compare_page(folder: Path, found: dict[str, Any]) -> str:
     by_name = {e['criterion']: {r['seed']: r for r in runs if r['criterion'] == e['criterion']}
                for e in found['criteria']}  # fmt: skip
     names = [name for name, rows in by_name.items() if rows]
-    reference = next((n for n in names if n.partition(':')[0] == 'rld'), names[0] if names else None)
+    reference = reference_of(names) or (names[0] if names else None)
     facts = comparison_facts(folder, found, by_name, reference)
     return render(
         'compare.html', folder=folder.name, found=found, meaning=finding('comparison', facts),
-        table=_table(found, reference), top1=_top1_plot(by_name, names) if names else None,
+        table=_table(found, reference_of(names)), top1=_top1_plot(by_name, names) if names else None,
         differences=_differences(by_name, names, reference), runs=_runs_table(found['runs']),
         attacks=_attacks(found.get('poison') or [], facts),
         title=f'{found["student"]} from {found["teacher"]}', seeds=' '.join(map(str, found['seeds'])),
@@ -82,10 +83,11 @@ def _commands(
     folder: Path, found: dict[str, Any], by_name: dict[str, dict[int, Any]], reference: str | None
 ) -> dict[str, str]:
     flags = shlex.split(found['flags'])
+    launcher = ['--launcher', found['launcher']] if found.get('launcher') else []
     more = [*map(str, found['seeds']), *(str(max(found['seeds'], default=-1) + i) for i in (1, 2))]
     criteria = [*by_name, *(n for n in names_of(found.get('poison') or [], 'criterion') if n not in by_name)]
     words = ['timm-rld', 'compare', '--criteria', *criteria, '--seeds', *more, *found.get('poison_flags', []),
-             '--output', str(folder), *flags]  # fmt: skip
+             '--output', str(folder), *launcher, *flags]  # fmt: skip
     runs = by_name.get(reference or '', {}).values()
     best = max(runs, key=lambda r: r['top1'], default=None)
     push = ['timm-rld', 'report', str(folder / best['run'])] if best else ['timm-rld', 'list', 'criteria']

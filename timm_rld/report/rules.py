@@ -253,7 +253,7 @@ RULES: tuple[Rule, ...] = (
     # ---- generated images
     Rule(
         'generated', 'collapsed', ('collapsed',), lambda f, t: bool(f['collapsed']), None,
-        '{collapsed}.', '{another_generator}', 'bad',
+        '{collapsed}.', '{another_seed}', 'bad',
     ),
     Rule(
         'generated', 'far apart', ('generated_agreement',), lambda f, t: f['generated_agreement'] < t, 80.0,
@@ -265,12 +265,12 @@ RULES: tuple[Rule, ...] = (
         'generated', 'real images differ', ('ahead', 'generated_agreement'), lambda f, t: f['ahead'] <= t, -10.0,
         'The student follows its teacher on generated images ({generated_agreement:.1f} %), but is {behind:.1f} points '
         'behind it on real ones, which the generated ones are not like: another generator, of more images or epochs, '
-        'may be.', '{another_generator}',
+        'may be.', '{another_seed}',
     ),
     Rule(
         'generated', 'fine', (), always, None,
         'The generated images are of {generated_classes} classes, and the student follows its teacher on them '
-        '({generated_agreement:.1f} %): what another generator gives is the next question.', '{another_generator}',
+        '({generated_agreement:.1f} %): what another generator gives is the next question.', '{another_seed}',
         'good',
     ),
     # ---- 6 what the networks saw

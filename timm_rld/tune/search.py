@@ -16,7 +16,7 @@ from ..config import Config, completing, flag_of, parse_args, resolve
 from ..data import Source, open_splits
 from ..engine import check_settings
 from ..errors import UsageError, UserError, writing
-from ..files import LockedError, lock, write_atomic
+from ..files import write_atomic
 from ..loss import CRITERIA
 from ..runs import (
     Variant,
@@ -122,6 +122,7 @@ def tune(
     rungs = plan(parse_budget(budget), config.epochs, len(always))
     seed = next(n for n in range(42, 2**31) if n not in seeds)
     candidates = choose(always, rungs[0].candidates, seed, shared, whole)
+    launch = launch_command(launcher)
     kept, held = _open(config, seed, holdout)
     claim(output, given, 'a search')
     _claim_search(
@@ -131,7 +132,7 @@ def tune(
     )  # fmt: skip
     cache, why = _cache(output, given, config, kept)
     search = Search(
-        output, whole, flags, launch_command(launcher), seed, holdout, cache, given.teacher_cache,
+        output, whole, flags, launch, seed, holdout, cache, given.teacher_cache,
         (len(kept) + len(held), len(kept), len(held)), log,
     )  # fmt: skip
     _print_plan(search, rungs, candidates, len(seeds), with_teacher, why)
@@ -180,21 +181,18 @@ def _open(config: Config, seed: int, holdout: float) -> tuple[Source, Source]:
 
 
 def _claim_search(output: Path, facts: dict[str, Any]) -> None:
-    """Write what makes a search this one, so that another is never mixed with it; and lock its folder.
+    """Write what makes a search this one, so that another is never mixed with it.
 
     Raises:
-        UserError: where it holds another one, or is in use.
+        UserError: where the folder holds another one.
     """
     file = output / 'search.json'
     try:
-        lock(output / '.lock')
         if not file.exists():
             if other := sorted(p.name for p in output.iterdir() if p.name not in ('settings.yaml', '.lock')):
                 raise UserError(f'--output {output}: holds {other[0]}, which is not of a search; name another folder')
             write_atomic(file, json.dumps(facts, indent=1, ensure_ascii=False))
         there = json.loads(file.read_text(encoding='utf-8'))
-    except LockedError as e:
-        raise UserError(f'--output {output}: in use by {e}') from e
     except OSError as e:
         raise UserError(f'--output {output}: cannot be written ({e.strerror})') from e
     except ValueError as e:

@@ -52,6 +52,7 @@ def base_facts(r: Report) -> dict[str, Any]:
     own = method if method != 'none' else 'rld'
     clean = ' --feature-distill none' if features != 'none' else ''
     clean += ' --poison none' if results.get('poison') else ''
+    clean += ' --no-standardize' if settings.get('standardize') else ''
     return {
         'poison': results.get('poison') and describe(results['poison']),
         'train_clean': f'{shlex.join(train)} --poison none --experiment {name}-clean',
@@ -65,6 +66,7 @@ def base_facts(r: Report) -> dict[str, Any]:
         if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(settings.get('teacher'))}'",
         'report_baseline': shlex.join(['timm-rld', 'report', 'RUN', '--baseline', str(run)]),
         'compare': comparison('none', own) if results.get('teacher') else another_seed(),
+        'another_seed': another_seed(),
         'compare_kd': comparison('kd', 'rld'),
         'compare_dkd': comparison(own, 'dkd' if own != 'dkd' else 'rld'), 'twice_epochs': 2 * epochs,
         'teacher_family': _family(settings.get('teacher')), 'student_family': _family(results.get('student')),
@@ -74,7 +76,7 @@ def base_facts(r: Report) -> dict[str, Any]:
         'check_data': shlex.join(['timm-rld', 'data', *data]),
         'bench': shlex.join(['timm-rld', 'bench', 'step', *bench]),
         'half_weight': (settings.get('distill_loss_weight') or 1) / 2, 'temperature': temperature,
-        'smoothing': settings.get('smoothing'), 'no_aug': bool(settings.get('no_aug')),
+        'smoothing': settings.get('smoothing'), 'no_aug': '--no-aug' in words,
         'gentler': f'--crop-padding {padding // 2}' if settings.get('train_crop_mode') == 'pad' else '--scale 0.35 1',
         'larger': 2 * data_config(r.run)['input_size'][-1], 'student_top1': results['student_top1'],
         'teacher_top1': results.get('teacher_top1'), 'best_epoch': results['best_epoch'],

@@ -37,11 +37,10 @@ def generated(r: Report) -> dict[str, Any]:
     if 'd_real' in found:
         sides = f'{found["d_real"]:.2f} / {found["d_fake"]:.2f}'
         tiles.append(('discriminator: real / generated', sides, 'mean, last epoch of phase 1', 'fourth'))
-    seed, said = r.results['seed'] + 1, metrics.collapse(counts.tolist(), names)
+    said = metrics.collapse(counts.tolist(), names)
     r.facts.update(
         generated_agreement=found['agreement'], generated_classes=found['classes'],
         generated_entropy=found['entropy'], collapsed=said[:1].upper() + said[1:],
-        another_generator=f'{r.facts["train"]} --seed {seed} --experiment {r.facts["name"]}-seed{seed}',
         more_steps=2 * (r.run.settings.get('steps_per_epoch') or 1),
     )  # fmt: skip
     share = 100 * counts / max(counts.sum(), 1)
