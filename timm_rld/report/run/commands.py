@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,77 +13,94 @@ from ...poison import describe
 from ..images import data_config
 from .report import Report, method_of
 
+_START = ('accelerate', 'launch', 'train_distill.py')
+
 
 def base_facts(r: Report) -> dict[str, Any]:
     """Return the commands and settings that sentences name."""
+    return {**_settings(r), **_trainings(r), **_tools(r)}
+
+
+def _settings(r: Report) -> dict[str, Any]:
+    """What the run was, and values to try in place of its own."""
+    settings, results, run = r.run.settings, r.results, r.run.folder
+    padding = settings.get('crop_padding') or 4
+    return {
+        'run': shlex.quote(str(run)), 'name': shlex.quote(run.name),
+        'suspects_file': shlex.quote(str(r.page.with_name(f'{r.stem}-suspects.csv'))),
+        'distill': results['distill'], 'poison': results.get('poison') and describe(results['poison']),
+        'student_family': _family(results.get('student')), 'teacher_family': _family(settings.get('teacher')),
+        'student_top1': results['student_top1'], 'teacher_top1': results.get('teacher_top1'),
+        'chance': 100 / results['num_classes'], 'best_epoch': results['best_epoch'],
+        'epochs': results['epochs'], 'twice_epochs': 2 * results['epochs'],
+        'temperature': (results.get('distill_options') or {}).get('temperature'),
+        'half_weight': (settings.get('distill_loss_weight') or 1) / 2, 'smoothing': settings.get('smoothing'),
+        'no_aug': '--no-aug' in shlex.split(results['command']),
+        'gentler': f'--crop-padding {padding // 2}' if settings.get('train_crop_mode') == 'pad' else '--scale 0.35 1',
+        'larger': 2 * data_config(r.run)['input_size'][-1],
+    }  # fmt: skip
+
+
+def _trainings(r: Report) -> dict[str, Any]:
+    """Commands that train this run again with a difference, and comparisons of it; with its own teacher, where it has
+    trained one."""
     run, settings, results = r.run.folder, r.run.settings, r.results
     config = ['--config', str(run / 'args.yaml')]
-    trained = (run / 'teacher' / 'config.json').exists()
     teacher = ['--teacher', f'local-dir:{run / "teacher"}', '--teacher-epochs', '0', '--teacher-pretrained']
-    both = [*config, *(teacher if trained else [])]
-    start = ['accelerate', 'launch', 'train_distill.py']
-    train = [*start, *both]
-    name, out = shlex.quote(run.name), f'{run}-compare'
-    epochs, options = results['epochs'], results.get('distill_options') or {}
-    temperature = options.get('temperature')
-    words = shlex.split(results['command'])
-    padding = settings.get('crop_padding') or 4
+    same = [*config, *(teacher if (run / 'teacher' / 'config.json').exists() else [])]
+
+    def again(suffix: str, *flags: str, settings: Sequence[str] = same) -> str:
+        return shlex.join([*_START, *settings, *flags, '--experiment', f'{run.name}-{suffix}'])
+
+    def comparison(*criteria: str) -> str:
+        flags = ['--criteria', *criteria, '--seeds', '0', '1', '2', '--output', f'{run}-compare', *same]
+        return shlex.join(['timm-rld', 'compare', *flags])
+
+    seed, held_out = str(results['seed'] + 1), settings.get('val_seed')
+    val_seed = [] if held_out is None else ['--val-seed', str(held_out)]
+    another_seed = again(f'seed{seed}', '--seed', seed, *val_seed)
+    better_teacher = f"timm-rld list models '{_family(settings.get('teacher'))}'"
+    if epochs := settings.get('teacher_epochs'):
+        better_teacher = again('taught', '--teacher-epochs', str(2 * epochs), settings=config)
+    method = method_of(results)
+    own = method if method != 'none' else 'rld'
+    clean = ['--feature-distill', 'none'] if results.get('feature_distill', 'none') != 'none' else []
+    clean += ['--poison', 'none'] if results.get('poison') else []
+    clean += ['--no-standardize'] if settings.get('standardize') else []
+    words = [word for word in shlex.split(results['command']) if word != '--no-aug']
+    return {
+        'train': shlex.join([*_START, *same]),
+        'train_none': again('none', '--distill', 'none', *clean) if own == method else None,
+        'train_clean': again('clean', '--poison', 'none'),
+        'again': again('again', settings=config),
+        'another_seed': another_seed,
+        'better_teacher': better_teacher,
+        'with_augmentation': shlex.join(['accelerate', 'launch', *words, '--experiment', f'{run.name}-augmented']),
+        'compare': comparison('none', own) if results.get('teacher') else another_seed,
+        'compare_kd': comparison('kd', 'rld'),
+        'compare_dkd': comparison(own, 'dkd' if own != 'dkd' else 'rld'),
+    }
+
+
+def _tools(r: Report) -> dict[str, Any]:
+    """Commands that look at the run, its data and its speed."""
+    run, settings = r.run.folder, r.run.settings
+    images = settings.get('data_dir')
     beside = os.path.dirname(settings.get('labels') or '') or '.'  # where the files of a table are sought
-    target = settings.get('dataset') or settings.get('data_dir') or beside
+    target = settings.get('dataset') or images or beside
     data = [target, *(x for n in ('data_dir', 'labels', 'train_split', 'val_split', 'val_fraction')
                       if settings.get(n) not in (None, target)
                       for x in (flag_of(n), str(settings[n])))]  # fmt: skip
-    measured = {'teacher': settings.get('teacher'), 'student': results.get('student'),
+    measured = {'teacher': settings.get('teacher'), 'student': r.results.get('student'),
                 'img_size': data_config(r.run)['input_size'][-1], 'batch_size': settings.get('batch_size')}  # fmt: skip
     bench = [x for n, v in measured.items() if v and not str(v).startswith(('local-dir:', 'hf-hub:'))
              for x in (flag_of(n), str(v))]  # fmt: skip
-
-    def comparison(*criteria: str) -> str:
-        flags = ['--criteria', *criteria, '--seeds', '0', '1', '2', '--output', out, *both]
-        return shlex.join(['timm-rld', 'compare', *flags])
-
-    def another_seed() -> str:
-        seed = results['seed'] + 1
-        held_out = settings.get('val_seed')
-        same = [] if held_out is None else ['--val-seed', str(held_out)]
-        return shlex.join([*train, '--seed', str(seed), *same, '--experiment', f'{run.name}-seed{seed}'])
-
-    images = settings.get('data_dir')
-    method, features = method_of(results), results.get('feature_distill', 'none')
-    own = method if method != 'none' else 'rld'
-    clean = ' --feature-distill none' if features != 'none' else ''
-    clean += ' --poison none' if results.get('poison') else ''
-    clean += ' --no-standardize' if settings.get('standardize') else ''
     return {
-        'poison': results.get('poison') and describe(results['poison']),
-        'train_clean': f'{shlex.join(train)} --poison none --experiment {name}-clean',
-        'distill': results['distill'],
-        'epochs': epochs, 'chance': 100 / results['num_classes'], 'run': shlex.quote(str(run)), 'name': name,
-        'train': shlex.join(train),
-        'train_none': None if own != method else (
-            f'{shlex.join(train)} --distill none{clean} --experiment {name}-none'
-        ),
-        'better_teacher': f'{shlex.join([*start, *config])} --teacher-epochs {2 * longer} --experiment {name}-taught'
-        if (longer := settings.get('teacher_epochs')) else f"timm-rld list models '{_family(settings.get('teacher'))}'",
         'report_baseline': shlex.join(['timm-rld', 'report', 'RUN', '--baseline', str(run)]),
-        'compare': comparison('none', own) if results.get('teacher') else another_seed(),
-        'another_seed': another_seed(),
-        'compare_kd': comparison('kd', 'rld'),
-        'compare_dkd': comparison(own, 'dkd' if own != 'dkd' else 'rld'), 'twice_epochs': 2 * epochs,
-        'teacher_family': _family(settings.get('teacher')), 'student_family': _family(results.get('student')),
-        'again': shlex.join([*start, *config, '--experiment', f'{run.name}-again']),
-        'with_augmentation': shlex.join(['accelerate', 'launch', *(w for w in words if w != '--no-aug'),
-                                         '--experiment', f'{run.name}-augmented']),
         'check_data': shlex.join(['timm-rld', 'data', *data]),
         'bench': shlex.join(['timm-rld', 'bench', 'step', *bench]),
-        'half_weight': (settings.get('distill_loss_weight') or 1) / 2, 'temperature': temperature,
-        'smoothing': settings.get('smoothing'), 'no_aug': '--no-aug' in words,
-        'gentler': f'--crop-padding {padding // 2}' if settings.get('train_crop_mode') == 'pad' else '--scale 0.35 1',
-        'larger': 2 * data_config(r.run)['input_size'][-1], 'student_top1': results['student_top1'],
-        'teacher_top1': results.get('teacher_top1'), 'best_epoch': results['best_epoch'],
         'use': shlex.join(['timm-rld', 'predict', str(run), images]) if images and Path(images).is_dir() else None,
-        'suspects_file': shlex.quote(str(r.page.with_name(f'{r.stem}-suspects.csv'))),
-    }  # fmt: skip
+    }
 
 
 def _family(name: str | None) -> str:
