@@ -245,7 +245,8 @@ class Config:
     train_split: str | None = setting(None, DATA, 'name of the training split (default: train, training)',
         sample='train', used_by='open_splits')  # fmt: skip
     val_split: str | None = setting(None, DATA,
-        'name of the validation split (default: the first there is of validation, val, valid, dev, test)',
+        'name of the validation split (default: the first there is of validation, val, valid, eval, evaluation, dev, '
+        'test)',
         sample='test', used_by='open_splits open_validation', belongs_to='val_fraction', evaluation=True)  # fmt: skip
     val_fraction: float | None = setting(None, DATA,
         'validate on this part of the training split, the same of each class, and train on the rest', gt=0, le=0.99,
