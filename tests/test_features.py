@@ -360,7 +360,7 @@ def test_weight_and_ramp_are_the_rows_and_a_flag_that_replaces_the_method_sets_i
 def test_a_variant_of_a_comparison_has_a_method_on_features_after_a_plus():
     assert parse_variant('none+fitnet:stage=3,feature_loss_weight=50').flags == (
         '--distill', 'none', '--feature-distill', 'fitnet', '--feature-loss-weight', '50',
-        '--feature-kwargs', 'stage=3',
+        '--feature-kwargs', 'stage=3', '--no-standardize',
     )  # fmt: skip
     assert parse_variant('rld:beta=1e+3+at:feature_stages=[1,2:3]').flags == (
         '--distill', 'rld', '--distill-kwargs', 'beta=1e+3', '--feature-distill', 'at', '--feature-stages', '1', '2:3',
