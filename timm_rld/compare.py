@@ -77,17 +77,17 @@ def compare(
         Stopped: after SIGTERM or SIGINT.
     """
     output = Path(output).expanduser()
-    config, given = _check(criteria, seeds, list(flags)), list(flags)
-    flags = [*flags, *same_held_out(config)]
+    given = list(flags)
+    config = _check(criteria, seeds, given)
+    flags = [*given, *same_held_out(config)]
     answers = resolve(config).black_box
     variants = [parse_variant(c, answers) for c in criteria]
     study = plan_study(poison, poison_fractions, config, variants)
-    with_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
-    trained = ['--teacher-epochs', '0'] if with_teacher else []
     for variant in variants:
-        check_variant(variant, [*flags, *_without_features(config), *trained], check_settings)
+        check_variant(variant, [*flags, *_without_features(config)], check_settings)
     launch = launch_command(launcher)
     claim(output, without_attack(config), 'a comparison')
+    with_teacher = config.teacher is not None and bool(resolve(config).teacher_epochs)
     jobs = [
         (v, p, s, output / f'{slug(v.label)}{p.suffix}-seed{s}') for s in seeds for v in variants for p in study.of(v)
     ]

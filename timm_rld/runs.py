@@ -148,7 +148,10 @@ def check_variant(variant: Variant, flags: Sequence[str], check: Callable[[Confi
         check: what a run checks before it builds anything (:func:`timm_rld.engine.check_settings`).
     """
     try:
-        config = resolve(parse_args([*flags, *variant.flags]), published=published_defaults)
+        config = parse_args([*flags, *variant.flags])
+        if resolve(config).teacher_epochs:  # the teacher is trained once, before the runs
+            config = parse_args([*flags, *variant.flags, '--teacher-epochs', '0'])
+        config = resolve(config, published=published_defaults)
         check(config)
         choose_criterion(config.distill, config.standardize, config.distill_kwargs, config.black_box)
     except UsageError as e:

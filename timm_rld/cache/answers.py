@@ -234,16 +234,14 @@ def _names(source: Source) -> dict[str, int]:
 
 def _read_answers(columns: Columns, source: Source, answers: str, names: list[str], path: str) -> NDArray[Any]:
     """Return classes int64 `[N]` or probabilities float32 `[N, C]`, checked."""
-    column = None if _PROBABILITIES in columns else _first(_CLASS, columns)  # which may be the true one beside them
-    each = _columns_of_classes(columns, source)
     found: NDArray[Any]
     try:
-        if column is not None and not each:
-            found = _classes(columns[column], source, column)
-        elif _PROBABILITIES in columns:
+        if _PROBABILITIES in columns:  # a class beside them may be the true one
             found = _lists(columns[_PROBABILITIES])
-        elif each:
+        elif each := _columns_of_classes(columns, source):
             found = np.array([columns[name] for name in each], dtype=np.float32).T
+        elif column := _first(_CLASS, columns):
+            found = _classes(columns[column], source, column)
         else:
             raise ValueError(
                 f'needs a column class, a column probabilities, or a column for each class; it has {_some(columns)}'

@@ -36,6 +36,7 @@ from .faults import StopSignals
 from .log import Means, write_rows
 from .mekd_settings import GeneratorSettings
 from .progress import duration
+from .state import reset_scaler
 
 PHASE = 'generator'
 LARGEST_IMAGES = 8 << 30  # bytes of images that are kept in memory
@@ -64,8 +65,7 @@ class GeneratorState:
             accelerator.prepare(torch.optim.Adam(network.parameters(), settings.lr, (0.5, 0.999)))
             for network in (self.generator, self.discriminator)
         )
-        if accelerator.scaler is not None:  # else phase 1 began with the scale at which the teacher's training ended
-            accelerator.scaler.load_state_dict(torch.amp.GradScaler(device.type).state_dict())
+        reset_scaler(accelerator)
         self.epoch, self.batch, self.updates = 1, 0, 0
         self.history: list[dict[str, float]] = []
         self.start_epoch()
@@ -289,7 +289,7 @@ def generator_step(
     torch.manual_seed(step_seed)
     of_fake, of_step = (torch.randn(m, generator.num_classes).to(real.device) for _ in range(2))
 
-    before = [buffer.clone() for buffer in generator.buffers()]  # of batch norm
+    before = [buffer.clone() for buffer in generator.buffers()] if ask.needed else []  # of batch norm
     with accelerator.autocast():
         with torch.no_grad():
             fake = generator(of_fake)

@@ -32,6 +32,12 @@ def wants_channels_last(config: Config, accelerator: Accelerator) -> bool:
     return accelerator.device.type != 'cuda' or accelerator.mixed_precision != 'no'
 
 
+def reset_scaler(accelerator: Accelerator) -> None:
+    """Give fp16's loss scale its first value, else a training began with the one at which that before it ended."""
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+
+
 class TrainState:
     """A task made ready to train on its device, with its optimizer and schedule, and how far the training is.
 
@@ -73,8 +79,7 @@ class TrainState:
             task.compile()
         else:
             task.eval_model = task.trainable_module  # what evaluate() may call: not in DDP
-        if accelerator.scaler is not None:  # else the student began with the scale at which its teacher ended
-            accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+        reset_scaler(accelerator)
         task.trainable_module, self.optimizer = accelerator.prepare(task.module_to_wrap(), optimizer)
         self.epoch, self.batch, self.updates = 1, 0, 0
         self.history: list[dict[str, float]] = []

@@ -87,15 +87,15 @@ def published(text: str, config: Config) -> Candidate:
         raise UsageError(f'--criteria {text}: tune searches criteria alone; compare takes a method on features')
     given, row = parse_args(list(variant.flags)), get_criterion(text.partition(':')[0])
     assert config.epochs
-    own = [n for n in completing('distill') if n != 'distill_kwargs']
+    own, default = [n for n in completing('distill') if n != 'distill_kwargs'], Config()
     sources = [given] if config.distill != given.distill else [config, given]
     values: dict[str, Any] = {}
     for source in sources:
         if source.standardize and (source is given or not row.not_standardized):
             values['standardize'] = True
         values |= source.distill_kwargs
-        given_there = [n for n in own if getattr(source, n) != getattr(Config(), n) and n not in source.origin.derived]
-        values |= {n: getattr(source, n) for n in given_there}
+        chosen = {n: getattr(source, n) for n in own if n not in source.origin.derived}
+        values |= {n: value for n, value in chosen.items() if value != getattr(default, n)}
     if RAMP in values:
         values[RAMP] = values[RAMP] / config.epochs
     return Candidate(given.distill, tuple(values.items()), 'published')

@@ -114,11 +114,9 @@ def tune(
     assert config.epochs is not None  # filled in by resolve()
     whole = given.changed(epochs=config.epochs)
     always = defaults(criteria, whole)
-    with_teacher = bool(config.teacher_epochs)
     for candidate in always:
-        trained = ['--teacher-epochs', '0'] if with_teacher else []
-        text = candidate.text(config.epochs)
-        check_variant(Variant(text, tuple(candidate.flags(config.epochs))), [*flags, *trained], check_settings)
+        variant = Variant(candidate.text(config.epochs), tuple(candidate.flags(config.epochs)))
+        check_variant(variant, flags, check_settings)
     rungs = plan(parse_budget(budget), config.epochs, len(always))
     seed = next(n for n in range(42, 2**31) if n not in seeds)
     candidates = choose(always, rungs[0].candidates, seed, shared, whole)
@@ -131,6 +129,7 @@ def tune(
          'the seed of the candidates': seed, 'candidates': [c.text(config.epochs) for c in candidates]},
     )  # fmt: skip
     cache, why = _cache(output, given, config, kept)
+    with_teacher = bool(config.teacher_epochs)
     search = Search(
         output, whole, flags, launch, seed, holdout, cache, given.teacher_cache,
         (len(kept) + len(held), len(kept), len(held)), log,

@@ -12,9 +12,7 @@ from PIL import Image
 from ... import metrics
 from .. import figures, plots
 from ..page import Picture, Table, thumbnail
-from .report import Report, points
-
-ROWS = 100  # classes in the table
+from .report import ROWS, Report, points
 
 
 def generated(r: Report) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from .. import figures, plots
 from ..figures import Array
 from ..images import class_counts
 from ..page import Cell, Picture, Table, as_csv
-from .report import Report, no_predictions
+from .report import ROWS, Report, no_predictions
 
 SHOWN = 8  # thumbnails of a group
 SUSPECTS = 24  # of them on the page; all are in the CSV
 PAIRS = 6  # confused pairs with pictures
 MATRIX = 30  # classes up to which the whole matrix is shown
-ROWS = 100  # classes in the table; all are in the CSV
 
 
 def picture(r: Report, row: int, tone: str = '') -> Picture:

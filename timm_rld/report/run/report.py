@@ -12,6 +12,8 @@ from ...run_folder import RunFiles
 from ..figures import Predictions
 from ..images import Images
 
+ROWS = 100  # classes in a table
+
 
 @dataclass
 class Report:
