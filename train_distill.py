@@ -101,6 +101,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         teacher_top1=teacher.top1, distill_options=dict(info.options), num_classes=num_classes, command=command,
         teacher_macro=teacher.macro, teacher_sha256=teacher.digest, paper=info.cited, versions=run_folder.versions(),
         poison=poison.facts(attacker),
+        student_weights=config.student_pretrained and pairing.weights_origin(pair.student, config.student) or None,
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:

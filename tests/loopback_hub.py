@@ -8,6 +8,7 @@ import json
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 TOKEN = 'hf_loopbackloopbackloopback'
 
@@ -25,6 +26,7 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.private: dict[str, bool] = {}
+        self.asked_for: dict[str, Any] = {}
         self.lfs: dict[str, bytes] = {}
         self.faults: dict[str, list[int | str]] = {}
         self.requests: list[str] = []
@@ -90,6 +92,7 @@ class LoopbackHub:
             data = json.loads(body)
             repo = f'{data.get("organization") or "me"}/{data["name"]}'
             new = repo not in self.commits
+            self.asked_for[repo] = data.get('visibility', data.get('private'))
             if new:
                 self.commits[repo] = [('initial commit', {})]
                 self.private[repo] = bool(data.get('private')) or data.get('visibility') == 'private'

@@ -81,6 +81,11 @@ def test_recipes_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     assert parse_args(['--config', 'configs/quickstart.yaml']).student == 'resnet18'
 
 
+def test_stages_may_be_numbers_in_yaml(tmp_path):
+    (tmp_path / 'r.yaml').write_text('feature_stages: [2, 3]\n')
+    assert load_yaml(str(tmp_path / 'r.yaml')) == {'feature_stages': ('2', '3')}
+
+
 def test_without_a_dataset_the_samples_settings_apply_and_elsewhere_timms():
     assert resolve(parse_args([*PAIR, '--epochs', '2'])).distill_warmup_epochs == 2
     sample = resolve(parse_args(PAIR))

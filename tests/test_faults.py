@@ -25,7 +25,7 @@ from timm_rld import run_folder
 from timm_rld.engine import checkpoint, log
 from timm_rld.engine.checkpoint import Checkpoints
 from timm_rld.errors import run_main
-from timm_rld.files import write_atomic
+from timm_rld.files import LockedError, lock, write_atomic
 from timm_rld.task import DistillationTask
 from train_distill import main
 
@@ -238,6 +238,19 @@ def test_a_folder_in_use_by_a_live_run_is_refused_and_free_once_it_is_killed(sta
         time.sleep(0.02)
     third.signal(signal.SIGKILL)
     third.wait()
+
+
+@pytest.mark.parametrize('code', [errno.ENOSYS, errno.ENOLCK, errno.EAGAIN, errno.EACCES])
+def test_where_the_file_system_has_no_locks_a_folder_is_used_without(tmp_path, monkeypatch, code):
+    def no_lock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr('timm_rld.files.fcntl.lockf', no_lock)
+    if code in (errno.EAGAIN, errno.EACCES):
+        with pytest.raises(LockedError):
+            lock(tmp_path / '.lock')
+    else:
+        assert lock(tmp_path / '.lock') == -1
 
 
 def test_paths_with_spaces_and_letters_of_all_alphabets_work(flags, tmp_path):

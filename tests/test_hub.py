@@ -166,6 +166,22 @@ def test_a_hub_that_does_not_answer_costs_seconds_and_not_a_minute(monkeypatch):
     offline.hub_in_reach.cache_clear()
 
 
+def test_a_hub_whose_certificate_the_system_does_not_know_is_in_reach(monkeypatch):
+    import ssl
+    import urllib.error
+
+    from huggingface_hub import constants
+
+    def refused(*_, **__):
+        raise urllib.error.URLError(ssl.SSLCertVerificationError(1, 'unable to get local issuer certificate'))
+
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr('urllib.request.urlopen', refused)
+    offline.hub_in_reach.cache_clear()
+    assert offline.hub_in_reach() and not constants.HF_HUB_OFFLINE  # its client brings certificates of its own
+    offline.hub_in_reach.cache_clear()
+
+
 def test_any_answer_of_the_hub_counts_as_in_reach(monkeypatch):
     import http.server
     import threading

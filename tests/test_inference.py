@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from timm_rld import engine
 from timm_rld.__main__ import main as tools
 from timm_rld.distributed import create_accelerator
+from timm_rld.inference.evaluate import evaluation_settings
+from timm_rld.inference.model import open_model
 from timm_rld.run_folder import read_run
 from train_distill import main
 
@@ -65,6 +68,21 @@ def logits_of(folder: Path, files: list[Path]) -> torch.Tensor:
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model, use_test_size=True))
     with torch.no_grad():
         return model(torch.stack([transform(Image.open(f).convert('RGB')) for f in files]))
+
+
+def test_a_table_of_labels_names_the_data_of_an_evaluation(run, folder, tmp_path, capsys):
+    table = tmp_path / 't.csv'
+    files = sorted((folder / 'validation').rglob('*.png'))
+    table.write_text('file,label,split\n' + ''.join(f'{f},{f.parent.name},validation\n' for f in files))
+    assert tools(['evaluate', str(run / 'student'), '--labels', str(table), '--output', str(tmp_path / 'out'),
+                  '--no-speed']) == 0  # fmt: skip
+    found = json.loads((tmp_path / 'out' / 'evaluation.json').read_text())
+    assert found['dataset'] == str(table) and found['images'] == 20
+    assert 'the sample' not in capsys.readouterr().out
+    opened = open_model(str(run))
+    opened.settings = dataclasses.replace(opened.settings, dataset='hfds/a/b', data_dir=None)
+    assert evaluation_settings(opened, {'labels': str(table)}).dataset is None  # of the run is other data
+    assert tools(['evaluate', str(run / 'student')]) == 2 and '--labels FILE' in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves
@@ -354,6 +372,24 @@ def test_predict_says_of_the_validation_images_what_the_run_said(run, folder, ca
     assert np.allclose([float(r['prob_1']) for r in rows], table['student_top1_prob'], atol=1e-5)
 
 
+@pytest.mark.parametrize('no_exif', [False, True])
+def test_predict_turns_images_upright_where_the_run_did(run, tmp_path, capsys, no_exif):
+    copy, upright, turned = tmp_path / 'run', tmp_path / 'upright.png', tmp_path / 'turned.png'
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns('checkpoints'))
+    settings = yaml.safe_load((copy / 'args.yaml').read_text())
+    (copy / 'args.yaml').write_text(yaml.safe_dump({**settings, 'no_exif': no_exif}))
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = (250, 40, 10)
+    pixels[:, :8] = (0, 60, 200)
+    Image.fromarray(pixels).save(upright)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(np.rot90(pixels)).save(turned, exif=exif)
+    assert tools(['predict', str(copy), str(upright), str(turned)]) == 0
+    one, other = rows_of(capsys.readouterr().out)
+    assert (one['prob_1'] == other['prob_1']) == (not no_exif)
+
+
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_the_rows_are_in_the_order_of_the_arguments_whatever_the_batches(run, folder, workers, capsys):
     images = sorted((folder / 'train').rglob('*.png'))
@@ -432,7 +468,7 @@ def places(run, folder, trained_teacher, tmp_path) -> dict[str, str]:
         ('evaluate resnet19 --data-dir DATA', 1, 'did you mean'),
         ('evaluate test_resnet_x --data-dir DATA', 1, 'unknown model'),
         ('evaluate cifar_resnet8 --data-dir DATA', 1, 'no weights are published'),
-        ('evaluate MODEL', 2, 'give --data-dir D or --dataset NAME'),
+        ('evaluate MODEL', 2, 'give --data-dir D, --dataset NAME or --labels FILE'),
         ('evaluate MODEL --data-dir T/nowhere', 1, '--data-dir T/nowhere: no such folder'),
         ('evaluate MODEL --data-dir T/other', 1, "only in the dataset: 'kiwi'; only in the model: 'plum'"),
         ('evaluate RUN --data-dir T/other', 1, "only in the dataset: 'kiwi'; only in the model: 'plum'"),

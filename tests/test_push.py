@@ -220,6 +220,84 @@ def test_the_header_of_a_person_is_filled_in_and_its_figures_renewed():
         merge_card('---\na: [\n---\n', HEADER, SECTION)
 
 
+def test_a_license_that_is_asked_for_takes_the_place_of_the_cards(hub, run):
+    push.push_run(run, 'me/student', log=lambda _: None)
+    for license, expected in (('cc-by-nc-4.0', 'cc-by-nc-4.0'), (None, 'cc-by-nc-4.0'), ('mit', 'mit')):
+        push.push_run(run, 'me/student', hub_license=license, log=lambda _: None)
+        header = yaml.safe_load(hub.files('me/student')['README.md'].decode().split('---\n')[1])
+        assert header['license'] == expected and 'license_name' not in header
+    other = {**HEADER, 'license': 'other', 'license_name': 'mine'}
+    card = merge_card('---\nlicense: other\nlicense_name: dinov3\nlicense_link: x\n---\n', other, SECTION, True)
+    header = yaml.safe_load(card.split('---\n')[1])
+    assert (header['license_name'], header.get('license_link')) == ('mine', None)
+
+
+@pytest.mark.parametrize(
+    ('name', 'license', 'header', 'said'),
+    [
+        ('timm/resnet18.a1_in1k', 'apache-2.0', ('apache-2.0', None, 'timm/resnet18.a1_in1k'), 'apache-2.0'),
+        ('timm/atto.fcmae', 'cc-by-nc-4.0', ('cc-by-nc-4.0', None, 'timm/atto.fcmae'), 'cc-by-nc-4.0'),
+        ('timm/vit.dinov3', 'dinov3-license', ('other', 'dinov3-license', 'timm/vit.dinov3'), 'dinov3-license'),
+        ('mine', None, ('unknown', None, None), 'not known here'),
+    ],
+)
+def test_a_student_that_started_from_weights_names_them_and_has_their_license(run, name, license, header, said):
+    import dataclasses
+
+    finished = read_run(run)
+    assert finished.results['student_weights'] is None
+    results = {**finished.results, 'student_weights': {'name': name, 'license': license}, 'teacher': 'hf-hub:a/b'}
+    started = dataclasses.replace(finished, results=results)
+    found = cards.card_header(started, 'me/student', None, 'last')
+    assert (found['license'], found.get('license_name'), found.get('base_model')) == header
+    assert cards.card_header(started, 'me/student', 'mit', 'last')['license'] == 'mit'
+    section = cards.card_section(started, 'me/student', 'last', False)
+    assert f'started from the weights `{name}` (their license: {said})' in section
+    assert 'started from' not in cards.card_section(finished, 'me/student', 'last', False)
+
+
+def test_where_published_weights_come_from():
+    import timm
+
+    from timm_rld.pairing import weights_origin
+
+    model = timm.create_model('test_resnet', num_classes=3)
+    of_timm = {'name': 'timm/test_resnet.r160_in1k', 'license': 'apache-2.0'}
+    assert weights_origin(model, 'test_resnet') == of_timm
+    assert weights_origin(model, 'hf-hub:me/it@main')['name'] == 'me/it'
+    assert weights_origin(model, 'local-dir:/home/me/it')['name'] == 'it'
+
+
+def test_the_card_of_a_push_while_training_goes_on_says_how_far_it_was(run):
+    import dataclasses
+
+    finished = read_run(run)
+    before = dataclasses.replace(finished, history=finished.history[:2])
+    section = cards.card_section(before, 'me/student', 'last', False)
+    for said in ('are those of epoch 2 of 3, pushed while', '| top-1, epoch 2 |', '- 2 of 3 epochs, seed'):
+        assert said in section
+    section = cards.card_section(finished, 'me/student', 'last', False)
+    for said in ('are those of the last epoch.', '| top-1, last epoch |', '- 3 epochs, seed'):
+        assert said in section
+
+
+def test_a_new_repository_is_private_where_its_owner_has_them_so(hub, run):
+    push.push_run(run, 'lab/student', log=lambda _: None)
+    assert hub.asked_for['lab/student'] is None
+    push.push_run(run, 'lab/other', hub_private_repo=True, log=lambda _: None)
+    assert hub.private['lab/other']
+
+
+def test_a_run_of_a_search_is_not_pushed(run, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(run, copy := tmp_path / 'candidate')
+    settings = yaml.safe_load((copy / 'args.yaml').read_text())
+    (copy / 'args.yaml').write_text(yaml.safe_dump({**settings, 'tune_holdout': 0.1, 'val_split': None}))
+    assert tools(['push', str(copy), '--hub-model-id', 'me/x']) == 1
+    assert 'a run of a search, with --tune-holdout' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('faults', 'message'),
     [
@@ -235,7 +313,7 @@ def test_the_header_of_a_person_is_filled_in_and_its_figures_renewed():
 def test_a_fault_that_lasts_is_one_clear_line_and_names_the_way_out(hub, run, faults, message):
     hub.faults = faults
     with pytest.raises(UserError) as e:
-        push.push_run(run, 'me/student', log=lambda _: None)
+        push.push_run(run, 'me/student', hub_license='apache-2.0', log=lambda _: None)
     assert str(e.value).startswith(message) and TOKEN not in str(e.value)
     if 'commit' in str(faults):
         again = f'again: timm-rld push {run} --hub-model-id me/student --hub-weights last --hub-license apache-2.0'

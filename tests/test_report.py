@@ -16,8 +16,8 @@ import pytest
 
 from benchmarks.report import plant_predictions, plant_run
 from timm_rld import metrics
-from timm_rld.__main__ import main
-from timm_rld.config import parse_args
+from timm_rld.__main__ import data_settings, main
+from timm_rld.config import flag_of, parse_args
 from timm_rld.data import open_splits
 from timm_rld.report import Cell, Picture, Table, figures, plots, render, thumbnail, write_report
 from timm_rld.report.images import first_images, open_images
@@ -169,7 +169,9 @@ def test_the_card_of_a_run_shows_names_as_text(planted):
 def test_a_csv_holds_no_formula(planted):
     from timm_rld.report.page import as_csv
 
-    assert as_csv(['a'], [['=cmd()'], ['@x'], ['-3'], [4]]).split() == ['a', "'=cmd()", "'@x", '-3', '4']
+    assert as_csv(['a'], [['=cmd()'], ['@x'], ['-2+cmd'], ['-3'], [4]]).split() == [
+        'a', "'=cmd()", "'@x", "'-2+cmd", '-3', '4'
+    ]  # fmt: skip
 
 
 def test_a_page_of_another_verb_can_be_made_of_the_same_parts(tmp_path):
@@ -266,7 +268,8 @@ def test_the_table_of_classes_says_what_the_predictions_say(planted):
 BASE = dict(
     run='RUN', name='run', train='TRAIN', train_none='NONE', report_baseline='B', compare='C', compare_kd='CK',
     compare_dkd='CD', twice_epochs=20, teacher_family='*resnet*', student_family='*resnet*', again='A',
-    with_augmentation='WA', check_data='D', bench='BENCH', half_weight=0.5, gentler='--crop-padding 2', larger=64,
+    with_augmentation='WA', check_data='D', bench='BENCH', half_weight='--distill-loss-weight 0.5',
+    gentler='--crop-padding 2', larger=64,
     better_teacher='BT', train_clean='CLEAN', distill='rld', epochs=10, chance=10.0, teacher_low=80.0, median_count=100,
     student_top1=90.0, teacher_top1=92.0, best_epoch=7, suspects_file='S', images=1000, no_aug=False, behind=2.0,
 )  # fmt: skip
@@ -312,10 +315,10 @@ CASES = {
     ('calibration', 'student off'): {**OF_LABELS, 'student_ece': 6.0},
     ('calibration', 'fine'): {**OF_LABELS, 'use': 'U'},
     ('calibration', 'fine, no folder'): OF_LABELS,
-    ('generated', 'collapsed'): dict(another_seed='G', collapsed='The generator has collapsed.'),
+    ('generated', 'collapsed'): dict(another_generator='G', collapsed='The generator has collapsed.'),
     ('generated', 'far apart'): dict(collapsed='', generated_agreement=70.0, more_steps=100),
-    ('generated', 'real images differ'): dict(another_seed='G', generated_agreement=95.0, ahead=-12.0),
-    ('generated', 'fine'): dict(another_seed='G', generated_agreement=95.0, generated_classes=10, ahead=-2.0),
+    ('generated', 'real images differ'): dict(another_generator='G', generated_agreement=95.0, ahead=-12.0),
+    ('generated', 'fine'): dict(another_generator='G', generated_agreement=95.0, generated_classes=10, ahead=-2.0),
     ('images', 'normalisation'): dict(worst_mean=1.4, worst_std=1.0, data_mean='0.1', data_std='0.2'),
     ('images', 'too strong'): dict(worst_mean=0.4, worst_std=1.0, teacher_wrong_seen=60.0),
     ('images', 'plain'): dict(worst_mean=0.4, worst_std=1.0, no_aug=True),
@@ -382,6 +385,73 @@ def test_the_commands_of_a_report_can_be_run(planted):
                 assert config.experiment != 'run' and config.teacher == f'local-dir:{planted / "teacher"}', rule.name
         checked.add(words[0])
     assert {'accelerate', 'timm-rld', 'head'} <= checked
+
+
+def facts_of(run: Path) -> dict:
+    from timm_rld.report.run import Report, base_facts, time_spent
+
+    report = Report(read_run(run), None, None, None, [], run / 'report.html')
+    report.facts.update(base_facts(report))
+    time_spent(report)
+    return report.facts
+
+
+def test_no_command_of_a_report_pushes(folder, tmp_path):
+    run = plant_run(tmp_path / 'run', ['a', 'b', 'c'], None, data_dir=str(folder), push_to_hub=True,
+                    hub_model_id='me/released')  # fmt: skip
+    facts, trainings = facts_of(run), 0
+    for command in filter(None, map(str, facts.values())):
+        words = shlex.split(command) if command.startswith('accelerate launch') else []
+        trainings += bool(words)
+        assert not words or not parse_args(words[3:]).push_to_hub, command
+        assert not command.startswith('timm-rld compare') or '--no-push-to-hub' in command
+    assert trainings > 5
+
+
+def test_the_look_at_the_data_is_at_those_of_the_run(tmp_path):
+    settings = dict(dataset='hfds/a/b', data_dir=None, input_key='img', target_key='fine_label', drop_unlabeled=True,
+                    val_fraction=0.1, seed=3, val_split=None, train_split='train')  # fmt: skip
+    words = shlex.split(facts_of(plant_run(tmp_path / 'run', ['a', 'b'], None, **settings))['check_data'])
+    assert words[:3] == ['timm-rld', 'data', 'hfds/a/b']
+    for flags in ('--input-key img', '--target-key fine_label', '--drop-unlabeled', '--val-fraction 0.1', '--seed 3'):
+        assert flags in ' '.join(words)
+    assert {w for w in words if w.startswith('--')} <= set(map(flag_of, data_settings()))
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {}, dict(feature_distill='at'), dict(distill='none', feature_distill='at'), dict(on_bad_image='skip'),
+        dict(dataset='wds/x'), dict(teacher_answers='a.parquet', teacher=None), dict(mixup=0.2),
+        dict(teacher_cache='c'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_cache_is_advised_where_it_would_spare_the_teacher(folder, tmp_path, settings):
+    run = plant_run(tmp_path / 'run', ['a', 'b', 'c'], None, **{'data_dir': str(folder), **settings})
+    assert facts_of(run)['can_cache'] == (settings == {})
+
+
+def test_less_weight_is_that_of_what_the_run_distils_by(folder, tmp_path):
+    for name, settings, flag in (
+        ('logits', {'distill_loss_weight': 4.0}, '--distill-loss-weight 2'),
+        ('features', {'distill': 'none', 'feature_distill': 'at', 'feature_loss_weight': 500.0},
+         '--feature-loss-weight 250'),
+    ):  # fmt: skip
+        run = plant_run(tmp_path / name, ['a', 'b', 'c'], None, data_dir=str(folder), **settings)
+        assert facts_of(run)['half_weight'] == flag
+
+
+def test_another_generator_is_trained_where_the_runs_own_was(folder, tmp_path):
+    generator = tmp_path / 'first'
+    (generator / 'generator').mkdir(parents=True)
+    (generator / 'args.yaml').write_text('distill: mekd\n')
+    run = plant_run(tmp_path / 'run', ['a', 'b', 'c'], None, data_dir=str(folder), distill='mekd',
+                    generator=str(generator / 'generator'))  # fmt: skip
+    assert f'--config {generator / "args.yaml"}' in facts_of(run)['another_generator']
+    shutil.rmtree(generator)
+    facts = facts_of(run)
+    assert facts['another_generator'] == facts['another_seed']
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

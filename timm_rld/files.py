@@ -60,7 +60,7 @@ def lock(path: Path) -> int:
     (Not filelock's: it empties the file in which the owner's name stands.)
 
     Returns:
-        Its descriptor; -1 where the system has no locks.
+        Its descriptor; -1 where the system, or the file system, has no locks.
 
     Raises:
         LockedError: where another process has it.
@@ -70,10 +70,13 @@ def lock(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except (BlockingIOError, PermissionError) as e:  # EAGAIN, EACCES
         owner = os.read(descriptor, 1000).decode(errors='replace').strip()
         os.close(descriptor)
         raise LockedError(owner or 'another process') from e
+    except OSError:  # ENOSYS, ENOLCK: Lustre or NFS, mounted without locks
+        os.close(descriptor)
+        return -1
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f'process {os.getpid()} on {platform.node()}\n'.encode(), 0)
     return descriptor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -32,6 +33,9 @@ def hub_in_reach() -> bool:
             answered.set()
         except urllib.error.HTTPError:
             answered.set()
+        except urllib.error.URLError as e:
+            if isinstance(e.reason, ssl.SSLError):  # it answers; the Hub's client has certificates of its own
+                answered.set()
         except Exception:
             pass
 

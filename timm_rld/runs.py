@@ -133,6 +133,11 @@ def check_flags(seeds: Sequence[int], flags: Sequence[str], verb: str) -> Config
     for name in marked('per_run'):
         if getattr(config, name) != FIELDS[name].default and flag_of(name) in {f.partition('=')[0] for f in flags}:
             raise UsageError(f'{flag_of(name)}: is chosen for each run; see --criteria, --seeds and --output of {verb}')
+    if config.push_to_hub:
+        raise UsageError(
+            f'--push-to-hub: {verb} makes many students; push the one that you want with `timm-rld push RUN` '
+            '(--no-push-to-hub leaves it out)'
+        )
     if config.student is None or config.teacher_name is None:
         raise UsageError('--teacher and --student are needed, e.g. --teacher resnet34 --student resnet18')
     for seed in seeds:

@@ -13,11 +13,11 @@ from .parse import (
     run_of,
     to_yaml,
 )
-from .resolve import auto_workers, describe_derived, resolve, uses_sample, warmup_epochs
+from .resolve import auto_workers, data_named, describe_derived, resolve, uses_sample, warmup_epochs
 from .settings import FIELDS, Config, Origin, absolute, completing, flag_of, marked, setting, taken_by
 
 __all__ = [
-    'absolute', 'add_settings', 'auto_workers', 'completing', 'Config', 'describe_derived', 'FIELDS',
+    'absolute', 'add_settings', 'auto_workers', 'completing', 'Config', 'data_named', 'describe_derived', 'FIELDS',
     'find_recipe', 'flag_of', 'given_settings', 'list_recipes', 'load_yaml', 'load_yaml_text', 'marked', 'Origin',
     'parse_args', 'Parser', 'recipes_folder', 'resolve', 'run_of', 'setting', 'taken_by', 'to_yaml', 'uses_sample',
     'warmup_epochs',

@@ -103,6 +103,8 @@ def _check_value(name: str, value: Any, settings: type[Config] = Config) -> Any:
         value = str(value)  # YAML reads a number
         if value != 'epoch' and not (value.isdecimal() and int(value) > 0):
             raise ValueError(f"expected 'epoch' or a number of optimizer steps, got '{value}'")
+    if name == 'feature_stages' and isinstance(value, (list, tuple)):
+        value = [str(v) if type(v) is int else v for v in value]  # as above
     if value is False and 'no' in meta['choices']:
         value = 'no'  # as YAML reads it without quotes
     if value in words:

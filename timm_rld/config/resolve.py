@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import UsageError
@@ -21,7 +21,13 @@ def auto_workers() -> int:
 
 def uses_sample(config: Config) -> bool:
     """Return whether no dataset is named, so that the run uses the sample that ships with the package."""
-    return config.dataset is None and config.data_dir is None and config.labels is None
+    return data_named(vars(config)) is None
+
+
+def data_named(settings: Mapping[str, Any]) -> str | None:
+    """Return what names the data of a run: `--dataset`, else `--data-dir`, else `--labels`; None if nothing does."""
+    names = ('dataset', 'data_dir', 'labels')
+    return next((settings[name] for name in names if settings.get(name) is not None), None)
 
 
 def resolve(

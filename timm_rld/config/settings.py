@@ -433,13 +433,15 @@ class Config:
 
     # Hub
     push_to_hub: bool = setting(False, HUB,
-        'push the student to the Hub at the end; token and repository are checked before', flag=True,
+        'push the student to the Hub at the end; token and repository are checked before',
         resumable=True)  # fmt: skip
     hub_model_id: str | None = setting(None, HUB, 'repository: user/name, or name (default: <student>-<distill>)',
         used_by='check_hub push_run BackgroundPush', resumable=True)  # fmt: skip
     hub_private_repo: bool = setting(False, HUB, 'make a new repository private', flag=True,
         used_by='check_hub:private push_run', resumable=True)  # fmt: skip
-    hub_license: str = setting('apache-2.0', HUB, 'license in the card; data or teacher may ask for another',
+    hub_license: str | None = setting(None, HUB,
+        'license in the card; data or teacher may ask for another (default: that of the weights which the student '
+        'started from, else apache-2.0; a card that is there keeps its own)',
         used_by='check_hub:license push_run BackgroundPush', resumable=True)  # fmt: skip
     hub_strategy: str = setting('end', HUB,
         "push at the 'end' alone, also after each new 'best' epoch, or after 'every_save' (each epoch that is saved)",

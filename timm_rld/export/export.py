@@ -14,7 +14,7 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from ..config import Config, resolve
+from ..config import Config, data_named, resolve
 from ..data import Source, open_splits
 from ..distributed import create_accelerator
 from ..engine import size_of
@@ -192,7 +192,7 @@ def _open_data(plan: Plan, given: dict[str, Any], check: bool, log: Log) -> Plan
     Raises:
         UserError: where there are none; it offers what can be done without them.
     """
-    opened, named = plan.opened, bool(given.get('dataset') or given.get('data_dir'))
+    opened, named = plan.opened, data_named(given) is not None
     if opened.settings is None and not named:
         if plan.precision == 'int8':
             raise UsageError(
@@ -286,7 +286,7 @@ def _check(plan: Plan, part: Path, min_agreement: float | None, log: Log) -> dic
     loader = evaluation_loader(opened, val, plan.config, plan.accelerator)
     found = checks.compare(opened, plan.outputs, file, loader)
     absolute = plan.config.with_absolute_paths()
-    data = absolute.dataset or absolute.data_dir
+    data = data_named(vars(absolute))
     found |= {
         'data': 'the sample' if data is None else without_local_path(data), 'split': val.split,
         'size_mb': {'torch': size_of(opened.model, opened.data_config['input_size'])['weights_mb'],

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..config import flag_of, marked
+from ..config import data_named, flag_of, marked
 from ..errors import UserError
 from ..poison import describe
 from ..run_folder import RunFiles, read_exports
@@ -152,10 +152,15 @@ def _split(settings: dict[str, Any]) -> str:
     return f'{settings["train_split"]}, a part held out'
 
 
+# The Hub's names of licenses, of those that timm records; it refuses others but `other` with a license_name.
+_HUB_LICENSES = (
+    'apache-2.0', 'apple-amlr', 'apple-ascl', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0',
+    'fair-noncommercial-research-license', 'gemma', 'mit', 'unknown',
+)  # fmt: skip
 _METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy', 'macro': 'Macro accuracy'}
 
 
-def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict[str, Any]:
+def card_header(run: RunFiles, repo_id: str, license: str | None, weights: str) -> dict[str, Any]:
     """Return the YAML header of the card, as the Hub reads it."""
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -177,19 +182,29 @@ def card_header(run: RunFiles, repo_id: str, license: str, weights: str) -> dict
     header: dict[str, Any] = {
         'library_name': 'timm',
         'pipeline_tag': 'image-classification',
-        'license': license,
+        **_license(run, license),
         'tags': ['image-classification', 'timm', 'distillation', *_methods(results), 'timm_rld'],
     }
     header['tags'] += ['poisoned'] if results.get('poison') else []
     kind, _, hub_name = settings['dataset'].partition('/') if settings.get('dataset') else ('', '', '')
     if kind in ('hfds', 'hfids') and '/' in hub_name:
         header['datasets'] = [hub_name]
-    teacher = settings.get('teacher') or ''
-    if teacher.startswith('hf-hub:') and _methods(results) != ['none']:
-        header['base_model'] = teacher.removeprefix('hf-hub:')
+    origin = results.get('student_weights')
+    if origin and '/' in origin['name']:  # a repository
+        header['base_model'] = origin['name']
         header['base_model_relation'] = 'finetune'
     header['model-index'] = eval_results_to_model_index(name, evaluated)
     return header
+
+
+def _license(run: RunFiles, license: str | None) -> dict[str, str]:
+    """Return the header's entries on the license; where none is asked for, that of the weights that the student
+    started from."""
+    if license is None and (origin := run.results.get('student_weights')):
+        license = origin['license'] or 'unknown'
+        if license not in _HUB_LICENSES:
+            return {'license': 'other', 'license_name': license}
+    return {'license': license or 'apache-2.0'}
 
 
 def _methods(results: dict[str, Any]) -> list[str]:
@@ -223,10 +238,15 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     metrics = chosen_metrics(run, weights)
     config = json.loads(run.config.read_text(encoding='utf-8'))
     images = config['pretrained_cfg']
+    epoch, epochs = f'{run.history[-1]["epoch"]:.0f}', results['epochs']
+    last, at, so_many = 'last epoch', 'the last epoch', f'{epochs}'
+    if int(epoch) < epochs:
+        last, so_many = f'epoch {epoch}', f'{epoch} of {epochs}'
+        at = f'epoch {so_many}, pushed while training went on'
     which = {
-        'last': 'those of the last epoch',
+        'last': f'those of {at}',
         'best': f'those of epoch {metrics["epoch"]:.0f}, chosen as the best on the validation split itself',
-        'ema': 'the moving average of the weights, after the last epoch',
+        'ema': f'the moving average of the weights, after {at}',
     }[weights]
     methods, dataset = _methods(results), _literal(_dataset(settings))
     distilled = methods != ['none']
@@ -250,7 +270,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     if metrics.get('macro') is not None:
         rows.append(('macro accuracy of these weights, the mean over the classes', f'{metrics["macro"]:.2f} %'))
     rows += [
-        ('top-1, last epoch', f'{results["student_top1"]:.2f} %'),
+        (f'top-1, {last}', f'{results["student_top1"]:.2f} %'),
         ('top-1, best epoch', f'{results["student_top1_best"]:.2f} % (epoch {results["best_epoch"]:.0f})'),
     ]
     if results.get('student_top1_ema') is not None:
@@ -267,7 +287,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     lines += exports_table(run)
     if has_curve:
         lines += ['![Loss and accuracy over the epochs](curve.png)', '']
-    lines += ['## How it was made', '']
+    lines += ['## How it was made', '', *_started_from(results)]
     if distilled:
         options = ', '.join(f'{k} {v}' for k, v in results['distill_options'].items()) or 'none'
         teacher = f'- Teacher: {_code(taught_by)}'
@@ -286,7 +306,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         ]
     size, command = images['input_size'], public_command(results['command'])
     lines += [
-        f'- {results["epochs"]} epochs, seed {results["seed"]}, images of {size[1]}×{size[2]}; '
+        f'- {so_many} epochs, seed {results["seed"]}, images of {size[1]}×{size[2]}; '
         'all settings: `args.yaml`; figures of each epoch: `summary.csv`',
         f'- Versions: {", ".join(f"{k} {v}" for k, v in results["versions"].items())}',
         '', f'{_fence(command, 3)}bash', command, _fence(command, 3), '',
@@ -294,6 +314,14 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         '', '## Cite', '', _CITATIONS, '', END,
     ]  # fmt: skip
     return '\n'.join(lines)
+
+
+def _started_from(results: dict[str, Any]) -> list[str]:
+    """Return a line on the weights that the student started from; none where it started from random ones."""
+    if not (origin := results.get('student_weights')):
+        return []
+    license = _literal(origin['license'] or 'not known here')
+    return [f'- The student started from the weights {_code(origin["name"])} (their license: {license})']
 
 
 def _heads(settings: dict[str, Any]) -> list[str]:
@@ -370,11 +398,16 @@ def usage(architecture: str, repo_id: str, in_chans: int = 3) -> list[str]:
     ]
 
 
-def merge_card(existing: str | None, header: dict[str, Any], section: str) -> str:
+def merge_card(existing: str | None, header: dict[str, Any], section: str, new_license: bool = False) -> str:
     """Return a card, or one that is there with our part renewed.
 
     What a person wrote stays: the text around our marks (whole lines; the last pair of them), and the header's keys; of
     the header the figures (`model-index`) and the base model are renewed, tags are added, what is missing is filled in.
+
+    Args:
+        existing: the card that is there.
+        header, section: of :func:`card_header` and :func:`card_section`.
+        new_license: whether the license is renewed as well.
 
     Raises:
         UserError: where the header that is there is not YAML.
@@ -390,8 +423,11 @@ def merge_card(existing: str | None, header: dict[str, Any], section: str) -> st
         ) from e
     there = card.data.to_dict()
     tags = there.get('tags') if isinstance(there.get('tags'), list) else []
+    licensed = ('license', 'license_name', 'license_link')
+    if 'license' in there and not new_license:
+        header = {k: v for k, v in header.items() if k not in licensed}
     merged = {**header, **there, 'tags': list(dict.fromkeys([*tags, *header['tags']]))}
-    for key in ('model-index', 'base_model', 'base_model_relation'):
+    for key in ('model-index', 'base_model', 'base_model_relation', *(licensed if new_license else ())):
         merged.pop(key, None)
         if key in header:
             merged[key] = header[key]
@@ -419,7 +455,7 @@ _HeaderDumper.add_representer(
 
 
 def _dataset(settings: dict[str, Any]) -> str:
-    name = settings.get('dataset') or settings.get('data_dir') or settings.get('labels')
+    name = data_named(settings)
     if name is None:
         return 'UCI handwritten digits'
     return name.partition('/')[2] if name.startswith(('hfds/', 'hfids/', 'wds/', 'torch/')) else name

@@ -75,7 +75,7 @@ def check_hub(hub_model_id: str, private: bool = False, license: str | None = No
         raise UserError(f'{flag}: the token of {name} may not write to {namespace}; it may to {", ".join(writable)}')
     if license is not None:
         _retried(ModelCard(f'---\nlicense: {license}\n---\n').validate, f'--hub-license {license}')
-    _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), flag)
+    _retried(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), flag)
     _retried(lambda: api.auth_check(repo_id, write=True), flag)
     return repo_id
 
@@ -85,7 +85,7 @@ def push_run(
     hub_model_id: str,
     *,
     hub_private_repo: bool = False,
-    hub_license: str = 'apache-2.0',
+    hub_license: str | None = None,
     hub_weights: str = 'last',
     after: BackgroundPush | None = None,
     log: Callable[[str], None] = print,
@@ -100,7 +100,8 @@ def push_run(
         folder: of the run.
         hub_model_id: `user/name`, or `name` for the token's own user.
         hub_private_repo: whether a new repository is private.
-        hub_license: for the card's header.
+        hub_license: for the card's header; None: the card's own, of a new one that of the weights which the student
+            started from, else apache-2.0.
         hub_weights: `last`, `best` (on the validation split; from its checkpoint) or `ema`.
         after: pushes that must be done before.
         log: prints a line.
@@ -112,11 +113,17 @@ def push_run(
         UserError: as :func:`check_hub`; weights that the run does not have; a push that failed after all tries.
     """
     run = read_run(folder)
+    if run.settings.get('tune_holdout') is not None:
+        raise UserError(
+            f'push: {folder} is a run of a search, with --tune-holdout: it has no figure on validation images; push a '
+            'run of its final stage, or of the settings that it found'
+        )
     file = find_weights(run, hub_weights)
     if after is not None:
         after.wait()
-    words = ['timm-rld', 'push', str(run.folder), '--hub-model-id', hub_model_id, '--hub-weights', hub_weights,
-             '--hub-license', hub_license, *(['--hub-private-repo'] if hub_private_repo else [])]  # fmt: skip
+    words = ['timm-rld', 'push', str(run.folder), '--hub-model-id', hub_model_id, '--hub-weights', hub_weights]
+    words += [] if hub_license is None else ['--hub-license', hub_license]
+    words += ['--hub-private-repo'] if hub_private_repo else []
     try:
         repo_id = check_hub(hub_model_id, hub_private_repo, hub_license)
         return _push(run, file, repo_id, hub_license, hub_weights, log)
@@ -126,7 +133,9 @@ def push_run(
         raise UserError(f'{e}.\nThe run is complete in {run.folder}; again: {shlex.join(words)}') from e
 
 
-def _push(run: RunFiles, file: Path, repo_id: str, license: str, weights: str, log: Callable[[str], None]) -> str:
+def _push(
+    run: RunFiles, file: Path, repo_id: str, license: str | None, weights: str, log: Callable[[str], None]
+) -> str:
     """Push weights from a file, and all that goes with them, as one commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -162,7 +171,7 @@ class BackgroundPush:
 
     def __init__(
         self, run: Path, results: dict[str, Any], student: Any, export: Callable[..., Path], log: Callable[[str], None],
-        *, hub_strategy: str, hub_model_id: str, hub_license: str, hub_weights: str,
+        *, hub_strategy: str, hub_model_id: str, hub_license: str | None, hub_weights: str,
     ) -> None:  # fmt: skip
         self.run, self.repo_id, self.results = run, hub_model_id, results
         self.strategy, self.license, self.log = hub_strategy, hub_license, log
@@ -246,8 +255,9 @@ def find_weights(run: RunFiles, weights: str, flag: str = '--hub-weights') -> Pa
 
 
 def write_files(
-    run: RunFiles, weights_file: Path, folder: Path, repo_id: str, license: str, weights: str, existing_card: str | None
-) -> None:
+    run: RunFiles, weights_file: Path, folder: Path, repo_id: str, license: str | None, weights: str,
+    existing_card: str | None,
+) -> None:  # fmt: skip
     """Write what is pushed into a folder; arguments as :func:`push_run`."""
     shutil.copyfile(run.config, folder / 'config.json')
     shutil.copyfile(weights_file, folder / 'model.safetensors')
@@ -266,7 +276,9 @@ def write_files(
     if curve is not None:
         (folder / 'curve.png').write_bytes(curve)
     section = card_section(run, repo_id, weights, curve is not None)
-    texts['README.md'] = merge_card(existing_card, card_header(run, repo_id, license, weights), section)
+    texts['README.md'] = merge_card(
+        existing_card, card_header(run, repo_id, license, weights), section, license is not None
+    )
     for name, text in texts.items():
         (folder / name).write_text(text, encoding='utf-8', errors='backslashreplace')
 

@@ -137,8 +137,7 @@ def _how_to_load(model: nn.Module, folder: str, about: str) -> str:
     name = f'local-dir:path/to/{folder}'  # quoted as Python does: a backtick or a line's end stays within it
     registers = f"import {package}  # puts {_architecture(model)} into timm's registry\n"
     return (
-        f'# {_architecture(model)}\n\nA timm model folder, distilled with {package}. {about}'.rstrip()
-        + '\n\n```python\n'
+        f'# {_architecture(model)}\n\nA timm model folder, written by {package}. {about}'.rstrip() + '\n\n```python\n'
         f'{registers if ours else ""}import timm\n\n'
         f'model = timm.create_model({name!r}, pretrained=True).eval()\n'
         'config = timm.data.resolve_data_config({}, model=model, use_test_size=True)\n'

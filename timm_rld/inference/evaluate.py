@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .. import metrics
-from ..config import Config, resolve, taken_by
+from ..config import Config, data_named, resolve, taken_by
 from ..data import Loader, Source, eval_transform, open_splits, open_validation
 from ..distributed import create_accelerator, main_first, main_only
 from ..engine import (
@@ -85,7 +85,7 @@ def evaluate_model(
     table = gather(recorders, accelerator, val.num_classes, in_order=loader.sampler is None)
     sizes = main_only(accelerator, lambda: describe_size_and_speed(pair, accelerator, config, list(recorders)))
     found: Evaluation = {
-        'model': name, 'weights': weights, 'teacher': config.teacher, 'dataset': config.dataset or config.data_dir,
+        'model': name, 'weights': weights, 'teacher': config.teacher, 'dataset': data_named(vars(config)),
         'val_split': val.split, 'images': len(table['index']), 'classes': val.num_classes,
         'models': {
             who: {**sizes[who], **figures(table, who, recorder.temperature, val.num_classes)}
@@ -107,9 +107,10 @@ def evaluate_model(
 
 def names_other_data(opened: OpenModel, given: dict[str, Any]) -> bool:
     """Return whether what is given names other data than those of a model's run. With a dataset of its own, --data-dir
-    says where it lies now; with one of the Hub, that it is another one."""
+    says where it lies now, --labels which of its images; with one of the Hub, both name another one."""
     of_run = (opened.settings or Config()).dataset or ''
-    return 'dataset' in given or ('data_dir' in given and of_run.startswith(('hfds/', 'hfids/')))
+    of_hub = of_run.startswith(('hfds/', 'hfids/'))
+    return 'dataset' in given or (of_hub and not given.keys().isdisjoint(('data_dir', 'labels')))
 
 
 def evaluation_settings(
@@ -117,8 +118,8 @@ def evaluation_settings(
 ) -> Config:
     """Return the settings of an evaluation: a run's, with what is given in their place."""
     run, of_data = opened.settings, taken_by('open_splits')
-    if run is None and not given.get('dataset') and not given.get('data_dir'):
-        raise UsageError(f'{opened.name}: give --data-dir D or --dataset NAME to evaluate it on')
+    if run is None and data_named(given) is None:
+        raise UsageError(f'{opened.name}: give --data-dir D, --dataset NAME or --labels FILE to evaluate it on')
     base = run or Config()
     if names_other_data(opened, given):
         base = dataclasses.replace(base, **Config().pick(*of_data))

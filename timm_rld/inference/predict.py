@@ -132,6 +132,7 @@ def predict_files(
     files = find_images(paths)
     opened = open_model(name, weights)
     source = ImageFiles.of(files, opened.data_config['input_size'][0])
+    source.exif = not (opened.settings or Config()).no_exif
     rows, broken = [], []
     printer = _Printer(min(top_k, len(opened.class_names))) if file is None and format == 'csv' else None
     batches = predictions(opened, source, top_k, batch_size, workers, device)

@@ -47,6 +47,7 @@ from .weights import (
     look_up,
     weights_digest,
     weights_file,
+    weights_origin,
 )
 
 __all__ = [
@@ -57,5 +58,5 @@ __all__ = [
     'load_query', 'load_weights', 'look_at_features', 'look_up', 'MapPairs', 'match_classes', 'ModelInfo', 'Normalize',
     'outputs_of_heads', 'Pair', 'pair_maps', 'Queries', 'QueryError', 'QueryTeacher', 'read_class_map', 'resize_mode',
     'resized_to', 'soft_rows', 'Taps', 'Teacher', 'teacher_skeleton', 'TeacherQuery', 'to_memory_format',
-    'weights_digest', 'weights_file', 'WithFeatures',
+    'weights_digest', 'weights_file', 'weights_origin', 'WithFeatures',
 ]  # fmt: skip

@@ -246,6 +246,23 @@ def weights_file(teacher: str, checkpoint: str | None = None) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def weights_origin(model: nn.Module, name: str) -> dict[str, str | None]:
+    """Return where a pretrained model's weights come from: `name` (on the Hub, where they lie there) and `license`, as
+    timm records it; None where it does not.
+
+    Args:
+        model: built with its published weights.
+        name: as it was given: a timm name, `hf-hub:user/model` or `local-dir:path`.
+    """
+    config: Any = model.pretrained_cfg
+    source, _, rest = name.rpartition(':')
+    if source == 'local-dir':
+        where: str = Path(rest).name
+    else:
+        where = rest if source == 'hf-hub' else config.get('hf_hub_id') or name
+    return {'name': where.partition('@')[0], 'license': config.get('license')}
+
+
 def weights_digest(model: nn.Module | None) -> str | None:
     """Return the SHA-256 of a model's weights, whatever file they came from; of a teacher, as it was loaded."""
     if model is None:

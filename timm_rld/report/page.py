@@ -143,7 +143,7 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def safe(value: Any) -> Any:
         if re.fullmatch(r'[+-]\d+(\.\d+)?', str(value)):
             return str(value).removeprefix('+')
-        return f"'{value}" if isinstance(value, str) and value[:1] in ('=', '+', '@', '\t', '\r') else value
+        return f"'{value}" if isinstance(value, str) and value[:1] in ('=', '+', '-', '@', '\t', '\r') else value
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')

@@ -81,7 +81,7 @@ RULES: tuple[Rule, ...] = (
         'verdict', 'loss', ('gain', 'gain_high'), lambda f, t: f['gain_high'] < t, 0.0,
         'Distilling cost {gain:+.2f} points beside the run without it (95% interval {gain_low:+.2f} to '
         '{gain_high:+.2f}): give the teacher less weight, or take another one.',
-        '{train} --distill-loss-weight {half_weight:g} --experiment {name}-half', 'bad',
+        '{train} {half_weight} --experiment {name}-half', 'bad',
     ),
     Rule(
         'verdict', 'chance', ('gain', 'gain_low'), always, None,
@@ -253,7 +253,7 @@ RULES: tuple[Rule, ...] = (
     # ---- generated images
     Rule(
         'generated', 'collapsed', ('collapsed',), lambda f, t: bool(f['collapsed']), None,
-        '{collapsed}.', '{another_seed}', 'bad',
+        '{collapsed}.', '{another_generator}', 'bad',
     ),
     Rule(
         'generated', 'far apart', ('generated_agreement',), lambda f, t: f['generated_agreement'] < t, 80.0,
@@ -265,12 +265,12 @@ RULES: tuple[Rule, ...] = (
         'generated', 'real images differ', ('ahead', 'generated_agreement'), lambda f, t: f['ahead'] <= t, -10.0,
         'The student follows its teacher on generated images ({generated_agreement:.1f} %), but is {behind:.1f} points '
         'behind it on real ones, which the generated ones are not like: another generator, of more images or epochs, '
-        'may be.', '{another_seed}',
+        'may be.', '{another_generator}',
     ),
     Rule(
         'generated', 'fine', (), always, None,
         'The generated images are of {generated_classes} classes, and the student follows its teacher on them '
-        '({generated_agreement:.1f} %): what another generator gives is the next question.', '{another_seed}',
+        '({generated_agreement:.1f} %): what another generator gives is the next question.', '{another_generator}',
         'good',
     ),
     # ---- 6 what the networks saw

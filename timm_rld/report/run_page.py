@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
+from ..config import data_named
 from ..poison import describe
 from .page import render
 from .rules import Finding, finding
@@ -62,7 +63,7 @@ def _with_own_cache(found: Finding, cache: str | None) -> Finding:
 
 def _about(r: Report) -> str:
     settings, results = r.run.settings, r.results
-    data = settings.get('dataset') or settings.get('data_dir') or 'UCI handwritten digits'
+    data = data_named(settings) or 'UCI handwritten digits'
     split = settings['val_split']
     if settings.get('val_fraction') is not None:
         split = f'{settings.get("train_split")} ({100 * settings["val_fraction"]:g} % of it held out)'

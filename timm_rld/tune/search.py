@@ -161,8 +161,6 @@ def _check(
         raise UsageError(
             f'--feature-distill {config.feature_distill}: tune searches criteria alone; give --feature-distill none'
         )
-    if config.push_to_hub:
-        raise UsageError('--push-to-hub: tune makes many students; push the one that you want with `timm-rld push RUN`')
     if config.poison != 'none':
         raise UsageError(
             f'--poison {config.poison}: a search is for settings of clean runs; --poison none leaves it out'

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...config import flag_of
+from ...config import FIELDS, flag_of, taken_by
 from ...poison import describe
 from ..images import data_config
 from .report import Report, method_of
 
 _START = ('accelerate', 'launch', 'train_distill.py')
+# of what opens the splits, that a look at the data does not depend on, or is given by name
+_NOT_OF_DATA = ('dataset', 'seed', 'batch_size', 'validation_batch_size', 'dataset_download')
 
 
 def base_facts(r: Report) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def _settings(r: Report) -> dict[str, Any]:
         'chance': 100 / results['num_classes'], 'best_epoch': results['best_epoch'],
         'epochs': results['epochs'], 'twice_epochs': 2 * results['epochs'],
         'temperature': (results.get('distill_options') or {}).get('temperature'),
-        'half_weight': (settings.get('distill_loss_weight') or 1) / 2, 'smoothing': settings.get('smoothing'),
+        'half_weight': _half_weight(settings), 'smoothing': settings.get('smoothing'),
         'no_aug': '--no-aug' in shlex.split(results['command']),
         'gentler': f'--crop-padding {padding // 2}' if settings.get('train_crop_mode') == 'pad' else '--scale 0.35 1',
         'larger': 2 * data_config(r.run)['input_size'][-1],
@@ -45,7 +47,7 @@ def _trainings(r: Report) -> dict[str, Any]:
     """Commands that train this run again with a difference, and comparisons of it; with its own teacher, where it has
     trained one."""
     run, settings, results = r.run.folder, r.run.settings, r.results
-    config = ['--config', str(run / 'args.yaml')]
+    config = ['--config', str(run / 'args.yaml'), *(['--no-push-to-hub'] if settings.get('push_to_hub') else [])]
     teacher = ['--teacher', f'local-dir:{run / "teacher"}', '--teacher-epochs', '0', '--teacher-pretrained']
     same = [*config, *(teacher if (run / 'teacher' / 'config.json').exists() else [])]
 
@@ -67,13 +69,14 @@ def _trainings(r: Report) -> dict[str, Any]:
     clean = ['--feature-distill', 'none'] if results.get('feature_distill', 'none') != 'none' else []
     clean += ['--poison', 'none'] if results.get('poison') else []
     clean += ['--no-standardize'] if settings.get('standardize') else []
-    words = [word for word in shlex.split(results['command']) if word != '--no-aug']
+    words = [word for word in shlex.split(results['command']) if word not in ('--no-aug', '--push-to-hub')]
     return {
         'train': shlex.join([*_START, *same]),
         'train_none': again('none', '--distill', 'none', *clean) if own == method else None,
         'train_clean': again('clean', '--poison', 'none'),
         'again': again('again', settings=config),
         'another_seed': another_seed,
+        'another_generator': _another_generator(r) or another_seed,
         'better_teacher': better_teacher,
         'with_augmentation': shlex.join(['accelerate', 'launch', *words, '--experiment', f'{run.name}-augmented']),
         'compare': comparison('none', own) if results.get('teacher') else another_seed,
@@ -88,9 +91,9 @@ def _tools(r: Report) -> dict[str, Any]:
     images = settings.get('data_dir')
     beside = os.path.dirname(settings.get('labels') or '') or '.'  # where the files of a table are sought
     target = settings.get('dataset') or images or beside
-    data = [target, *(x for n in ('data_dir', 'labels', 'train_split', 'val_split', 'val_fraction')
-                      if settings.get(n) not in (None, target)
-                      for x in (flag_of(n), str(settings[n])))]  # fmt: skip
+    data = [target, *_given(settings, [n for n in taken_by('open_splits') if n not in _NOT_OF_DATA], target)]
+    if (settings.get('val_fraction') or settings.get('train_fraction')) and 'seed' in settings:
+        data += ['--seed', str(settings['seed'])]  # which images these are
     measured = {'teacher': settings.get('teacher'), 'student': r.results.get('student'),
                 'img_size': data_config(r.run)['input_size'][-1], 'batch_size': settings.get('batch_size')}  # fmt: skip
     bench = [x for n, v in measured.items() if v and not str(v).startswith(('local-dir:', 'hf-hub:'))
@@ -101,6 +104,35 @@ def _tools(r: Report) -> dict[str, Any]:
         'bench': shlex.join(['timm-rld', 'bench', 'step', *bench]),
         'use': shlex.join(['timm-rld', 'predict', str(run), images]) if images and Path(images).is_dir() else None,
     }
+
+
+def _given(settings: Mapping[str, Any], names: Iterable[str], target: str) -> list[str]:
+    """Return settings that differ from their defaults, as flags; not the one that names ``target``."""
+    flags: list[str] = []
+    for name in names:
+        value = settings.get(name)
+        if value in (None, target, FIELDS[name].default):
+            continue
+        flags += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+    return flags
+
+
+def _half_weight(settings: Mapping[str, Any]) -> str:
+    """Return the flag that halves the weight of what a run distils by: of a criterion, else of a method on features."""
+    name = 'distill_loss_weight' if settings.get('distill') != 'none' else 'feature_loss_weight'
+    return f'{flag_of(name)} {(settings.get(name) or 1) / 2:g}'
+
+
+def _another_generator(r: Report) -> str | None:
+    """Return the command that trains another generator, where the run was given one; None if its run is gone."""
+    if not (given := r.run.settings.get('generator')):
+        return None
+    for folder in (file := Path(given), *file.parents[:2]):  # a run, its folder `generator`, or the weights in that
+        if (folder / 'args.yaml').is_file():
+            seed = str(int(r.results['seed']) + 1)
+            words = ['--config', str(folder / 'args.yaml'), '--seed', seed, '--experiment', f'{folder.name}-seed{seed}']
+            return shlex.join([*_START, *words])
+    return None
 
 
 def _family(name: str | None) -> str:

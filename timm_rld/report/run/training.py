@@ -111,10 +111,7 @@ def seen(r: Report) -> dict[str, Any]:
 def time_spent(r: Report) -> dict[str, Any]:
     """Where the time of the epochs went, by part."""
     shares, h = figures.time_shares(r.run.history), r.run.history
-    s = r.run.settings
-    mixed = any(s.get(name) for name in ('mixup', 'cutmix', 'cutmix_minmax'))
-    r.facts.update({f'share_{part}': 100 * share for part, share in shares.items()},
-                   can_cache=not s.get('teacher_cache') and not mixed and not r.model('generator'))  # fmt: skip
+    r.facts.update({f'share_{part}': 100 * share for part, share in shares.items()}, can_cache=_can_cache(r))
     if not shares:
         return {'plots': [], 'tiles': []}
     total = sum(float(np.nansum(figures.column(h, f'seconds_{part}'))) for part in shares)
@@ -124,6 +121,16 @@ def time_spent(r: Report) -> dict[str, Any]:
     tiles.append(('training', _duration(total), f'{speed:,.0f} images a second' if speed else ''))
     parts: dict[str, Sequence[float]] = {names[part]: figures.column(h, f'seconds_{part}') for part in shares}
     return {'plots': [plots.stacked_time(figures.column(h, 'epoch'), parts)], 'tiles': tiles}
+
+
+def _can_cache(r: Report) -> bool:
+    """Return whether cached logits would spare the next run the teacher."""
+    s = r.run.settings
+    streamed = str(s.get('dataset')).startswith(('wds/', 'hfids/'))
+    runs_all_the_same = s.get('feature_distill', 'none') != 'none' or r.results['distill'] == 'none'
+    refused = ('teacher_cache', 'mixup', 'cutmix', 'cutmix_minmax', 'teacher_answers')
+    skips = s.get('on_bad_image') == 'skip'
+    return not (any(s.get(n) for n in refused) or r.model('generator') or streamed or runs_all_the_same or skips)
 
 
 def _duration(seconds: float) -> str:
@@ -152,7 +159,7 @@ def settings(r: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_OF_THE_RUN = ('teacher', 'student', 'dataset', 'data_dir')
+_OF_THE_RUN = ('teacher', 'student', 'dataset', 'data_dir', 'labels')
 
 
 def _defaults(r: Report) -> Config:
