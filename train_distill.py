@@ -84,7 +84,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
     later = config.teacher is None or train_teacher or config.black_box  # a closed one: when its queries can be counted
     teacher = engine.EvaluatedTeacher() if later else evaluate_teacher()
 
-    folder = open_run(config, accelerator, train_split, val_split)
+    folder = open_run(config, accelerator, train_split, val_split, pairing.teacher_facts)
     checkpoints = engine.Checkpoints(folder / 'checkpoints', config.checkpoint_hist, log, config.best_by)
     checkpoints.prepare(config.resume, accelerator)
     if config.on_bad_image == 'skip':
@@ -100,8 +100,7 @@ def run(config: Config, command: str = '') -> dict[str, Any]:
         config.pick('student', 'distill', 'feature_distill', 'epochs', 'seed'), teacher=config.teacher_name,
         teacher_top1=teacher.top1, distill_options=dict(info.options), num_classes=num_classes, command=command,
         teacher_macro=teacher.macro, teacher_sha256=teacher.digest, paper=info.cited, versions=run_folder.versions(),
-        poison=poison.facts(attacker),
-        student_weights=config.student_pretrained and pairing.weights_origin(pair.student, config.student) or None,
+        poison=poison.facts(attacker), student_weights=pair.student_weights,
     )  # fmt: skip
     logs = dict(log_file=folder / 'summary.csv', reference=teacher.predictions, recorder=engine.Recorder())
     if config.epochs:

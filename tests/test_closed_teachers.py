@@ -25,7 +25,7 @@ from torch import nn
 from timm_rld import DistillationTask, QueryTeacher, create_distill_loss, export_model
 from timm_rld.cache import AnswersFile, answers_kind
 from timm_rld.data import open_splits
-from timm_rld.errors import UsageError
+from timm_rld.errors import UsageError, UserError
 from timm_rld.loss import CRITERIA
 from timm_rld.pairing import QueryError, Teacher, close_teacher, hard_rows, load_query, soft_rows
 from train_distill import main
@@ -220,6 +220,7 @@ QUERY = ['--teacher-query', 'closed_teachers:ask', '--student', 'resnet18']
         ([*QUERY, '--teacher-checkpoint', 'x'], 'shows no network to set it of'),
         (['--teacher-answers', 'x.csv', '--student', 'resnet18', '--mixup', '0.2'], 'and not for mixed ones'),
         (['--teacher-answers', 'x.csv', '--student', 'resnet18', '--teacher-cache', 'c'], 'on the disk already'),
+        (['--teacher-answers', 'x.csv', '--student', 'resnet18', '--on-bad-image', 'skip'], 'answer belongs to'),
         (['--teacher-answers', 'x.csv', '--student', 'resnet18', '--max-queries', '9'], 'needs --black-box or'),
     ],
 )
@@ -627,10 +628,20 @@ def test_a_column_of_classes_beside_probabilities_is_not_taken_for_the_answers(f
             row.update(zip(names, row.pop('probabilities')))
     file = write(tmp_path / 'a.parquet', rows)
     assert answers_kind(file) == ('soft' if columns != 'named' else 'hard'), "names of classes are the dataset's"
+    assert answers_kind(file, 'soft') == 'soft'
     for kind in ('soft', 'hard'):
         answers = AnswersFile(file, *splits, kind, lambda _: None).logits(1, torch.arange(41), torch.zeros(41))
         shares = (answers.exp() if kind == 'soft' else answers).mean(dim=0)
         assert torch.allclose(shares, torch.ones(3) / 3, atol=0.1)
+
+
+def test_classes_are_no_probabilities_whatever_stands_beside_them(folder, tmp_path):
+    rows = [{'file': r['file'], 'split': 'train', 'class': 'apple', 'note': 1, 'seen': 2}
+            for r in answers_of(folder, ('train',))]  # fmt: skip
+    file = write(tmp_path / 'a.parquet', rows)
+    assert answers_kind(file, 'soft') == 'soft'  # as they might be the classes' columns
+    with pytest.raises(UserError, match='holds classes and no probabilities; --black-box hard takes them'):
+        AnswersFile(file, *open_splits(None, data_dir=str(folder)), 'soft', lambda _: None)
 
 
 def test_images_of_a_file_that_are_not_in_the_dataset_are_counted(folder, from_file, tmp_path, capsys):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_rld.data import (
     Loader,
@@ -154,6 +154,22 @@ def test_every_crop_mode_gives_uint8_views_of_the_size_asked_for(mode, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
     view = train_transform((3, 32, 32), **NORM, train_crop_mode=mode, vflip=0.5)(image)
     assert view.dtype == torch.uint8 and view.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize('aa', ['rand-m10-inc1', 'rand-m9-mstd0.5-inc1', 'v0', 'original', '3a'])
+@pytest.mark.parametrize('mode', ['rrc', 'pad'])
+def test_a_policy_may_leave_a_color_no_bits(aa, mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    view, posterize = train_transform((3, 8, 8), **NORM, aa=aa, train_crop_mode=mode), None
+    for step in [p for s in view.transforms for p in getattr(s, 'transforms', [s])]:
+        groups = [step.ops] if hasattr(step, 'ops') else getattr(step, 'policy', [])
+        for op in [op for group in groups for op in group if op.name.startswith('Posterize')]:
+            posterize = op.aug_fn
+    if aa == '3a':
+        assert posterize is None
+        return
+    assert posterize(image, 8) is image and not np.asarray(posterize(image, 0)).any()
+    assert posterize(image, 3) == ImageOps.posterize(image, 3)
 
 
 def test_pad_crop_is_a_shift_of_the_image_with_zeros_around():

@@ -13,13 +13,14 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 
 from timm_rld import DistillationTask, create_distill_loss, create_teacher, engine
 from timm_rld.config import Config, resolve
 from timm_rld.data import Loader, eval_transform, open_split
 from timm_rld.distributed import create_accelerator
-from timm_rld.errors import UsageError, UserError
+from timm_rld.errors import SampleError, UsageError, UserError
 from timm_rld.loss import CRITERIA
 from train_distill import main
 
@@ -134,6 +135,7 @@ def test_weight_decay_leaves_out_biases_and_norms_unless_told_otherwise():
     [
         (dict(opt='adamww'), UsageError, "--opt adamww: unknown optimizer (did you mean 'adamw'"),
         (dict(opt='adamw', opt_kwargs={'foo': 1}), UserError, '--opt adamw: '),
+        (dict(opt='adahessian'), UsageError, '--opt adahessian: needs second derivatives'),
         (dict(sched='wsd', decay_epochs=50.0), UserError, '--sched wsd: '),
     ],
 )
@@ -141,6 +143,23 @@ def test_an_optimizer_or_schedule_that_cannot_be_is_named(kwargs, error, message
     with pytest.raises(error) as e:
         engine.check_settings(settings(teacher='a', student='b', **kwargs))
     assert message in str(e.value)
+
+
+def test_each_process_keeps_the_statistics_of_its_own_batches():
+    assert create_accelerator().ddp_handler.broadcast_buffers is False  # else they would be those of the first
+
+
+@pytest.mark.parametrize('label', [-1, 3, 'apple'])
+def test_a_label_of_a_stream_that_is_no_class_is_named(parquet, monkeypatch, label):
+    source = open_split(f'hfids/{parquet}', 'test', flag='--val-split', num_samples=20, input_key='img',
+                        target_key='fine_label', num_classes=3)  # fmt: skip
+    image = Image.new('RGB', (8, 8))
+    monkeypatch.setattr(type(source.dataset), '__iter__', lambda _: iter([(image, 1), (image, label)]))
+    center = eval_transform((3, 8, 8), interpolation='bilinear', crop_pct=1.0)
+    with pytest.raises(
+        SampleError, match="image 1 of the streamed split 'test'.*cannot be read: (its label is|invalid)"
+    ):
+        list(Loader(source, center, 8, training=False))
 
 
 def test_processes_that_do_not_know_of_each_other_are_stopped(monkeypatch):

@@ -54,6 +54,15 @@ def test_a_fast_teacher_says_the_same(name, size, count):
     assert teacher.optimize_for_inference((3, size, size)) == count  # again: nothing is left to fold
 
 
+@pytest.mark.parametrize(('name', 'size', 'count'), NETWORKS[:2])
+def test_shared_batch_norms_are_folded_like_others(name, size, count):
+    from timm.layers import convert_sync_batchnorm
+
+    model = convert_sync_batchnorm(trained(name))
+    assert any('Sync' in type(m).__name__ for m in model.modules())
+    assert Teacher(model.eval()).optimize_for_inference((3, size, size)) == count
+
+
 class Reused(nn.Module):
     """A convolution whose output also goes another way, so that the batch norm cannot be folded into it."""
 

@@ -87,6 +87,27 @@ def test_some_steps_in_a_row_may_be_left_out_and_are_counted(flags, tmp_path, mo
     assert 'epoch 1 of the student, batch 4, samples' in capsys.readouterr().err
 
 
+def test_a_step_that_is_left_out_leaves_no_trace_in_batch_norm():
+    from timm_rld.distributed import create_accelerator
+    from timm_rld.engine.faults import FiniteCheck
+
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    check = FiniteCheck(create_accelerator(), 1, 'student')
+
+    def step(images: torch.Tensor) -> bool:
+        check.start_group(network)
+        loss = network(images).square().mean()
+        loss.backward()
+        return check.allows_step(network, 1, 0, [loss.detach()], [torch.arange(2)])
+
+    assert step(torch.rand(2, 3, 4, 4))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    images = torch.rand(2, 3, 4, 4)
+    images[0, 0, 0, 0] = torch.inf
+    assert not step(images) and check.skipped == 1
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
 def test_a_full_disk_is_named_and_the_checkpoint_before_stays_whole(flags, tmp_path, monkeypatch, capsys):
     write, count = checkpoint.write_synced, [0]
 

@@ -30,7 +30,7 @@ FLOORS = {
     'models': {'_timm'},
     'loss': {'errors'},
     'data': {'errors', 'files', 'offline', 'seeds', '_timm'},
-    'pairing': {'errors', 'offline', '_timm'},
+    'pairing': {'errors', 'files', 'offline', '_timm'},
     'run_folder': {'errors', 'files'},
     'poison': {'errors', 'seeds'},
     # 3

@@ -10,11 +10,13 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from victims import kill_until_done
 
 from timm_rld.engine.checkpoint import Checkpoint, Checkpoints, Damaged, Position, read_checkpoint
@@ -32,6 +34,32 @@ def flags(folder, trained_teacher, tmp_path) -> list[str]:
         '--model-ema', '--model-ema-decay', '0.9', '--checkpoint-interval', '1', '--workers', '0',
         '--output', str(tmp_path), '--resume', 'auto',
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(('every', 'epochs'), [('5', [1, 2, 3, 4]), ('10', [2, 4]), ('epoch', [1, 2, 3, 4])])
+def test_an_interval_that_ends_with_an_epoch_is_kept_too(flags, tmp_path, monkeypatch, every, epochs):
+    monkeypatch.setattr(sys.modules['timm_rld.engine.fit'], 'best_epoch', lambda *_: 4)
+    flags = [*flags, '--student', 'test_resnet', '--epochs', '4', '--checkpoint-hist', '99', '--experiment', 'run']
+    assert main([*flags, '--checkpoint-interval', every]) == 0  # 5 steps an epoch
+    found = sorted(p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name.startswith('student'))
+    assert found == [f'student-epoch{n:04}-end' for n in epochs]
+
+
+def test_a_run_is_not_resumed_with_another_teacher(flags, trained_teacher, tmp_path, capsys):
+    shutil.copytree(trained_teacher, teacher := tmp_path / 'teacher')
+    (tmp_path / 'map.json').write_text('{"apple": 0, "pear": 1, "plum": 2}')
+    flags = [*flags, '--teacher', f'local-dir:{teacher}', '--teacher-class-map', str(tmp_path / 'map.json'),
+             '--epochs', '1', '--experiment', 'run']  # fmt: skip
+    assert main(flags) == 0
+    (tmp_path / 'map.json').write_text('{"apple": 1, "pear": 0, "plum": 2}')
+    assert main([*flags, '--min-teacher-acc', '0']) == 1
+    assert 'was started with --teacher-class-map (a digest) ' in capsys.readouterr().err
+    (tmp_path / 'map.json').write_text('{"apple": 0, "pear": 1, "plum": 2}')
+    assert main(flags) == 0 and 'has finished' in capsys.readouterr().err
+    state = load_file(teacher / 'model.safetensors')
+    save_file({k: v + 1 if v.is_floating_point() else v for k, v in state.items()}, teacher / 'model.safetensors')
+    assert main(flags) == 1
+    assert "was started with the teacher's weights (a digest) " in capsys.readouterr().err
 
 
 def weights(run: Path) -> list[str]:

@@ -9,7 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 
 from .errors import UsageError, UserError, did_you_mean, writing
 from .files import cores
@@ -52,6 +57,8 @@ def create_accelerator(
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=report_to or None,
             project_config=ProjectConfiguration('.', logging_dir='.'),  # open_run() sets the folder
+            # batch norm keeps each process's own statistics, and not those of the first alone
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as e:
         if 'precision' not in str(e):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from .files import sha256_of
 from .run_folder import claim, is_finished, write_inputs
 
 
-def open_run(config: Config, accelerator: Accelerator, train: Source, val: Source) -> Path:
+def open_run(
+    config: Config, accelerator: Accelerator, train: Source, val: Source, teacher_facts: Callable[..., dict[str, str]]
+) -> Path:
     """Make the run folder: `OUTPUT/EXPERIMENT`, by default `output/<time>-<student>-<distill>`, the same on all ranks,
     and write args.yaml and facts.json into it (with `--val-fraction` also validation.txt: what is held out); or with
     `--resume` continue in the one that is there.
 
     Args:
         train, val: the splits.
+        teacher_facts: :func:`timm_rld.pairing.teacher_facts`.
 
     Returns:
         The folder.
@@ -42,6 +46,7 @@ def open_run(config: Config, accelerator: Accelerator, train: Source, val: Sourc
     # check_settings() and resolve() have seen to these
     assert config.student is not None and config.epochs is not None and isinstance(config.workers, int)
     facts = gather_facts(accelerator, train, val, config.workers, **config.arguments_of('gather_facts'))
+    facts |= teacher_facts(**config.arguments_of('teacher_facts'))
     name = config.experiment or '-'.join(
         [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(config.student), config.method]
     )
@@ -98,10 +103,8 @@ def check_unchanged(folder: Path, config: Config, facts: dict[str, Any]) -> None
             'of the run; start again under another --experiment'
         ) from e
     for name, value in facts.items():
-        if facts_then.get(name) != value:
-            raise UserError(
-                f'--resume: {folder} was started with {name} {facts_then.get(name)}, now {value}: another result'
-            )
+        if (then_value := facts_then.get(name, value)) != value:  # the weights' file need not have been on this disk
+            raise UserError(f'--resume: {folder} was started with {name} {then_value}, now {value}: another result')
 
 
 def _may_be_longer(config: Config, epochs: int) -> bool:

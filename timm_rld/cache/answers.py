@@ -109,15 +109,22 @@ class AnswersFile:
         return self._answers(self.val_rows[np.asarray(indices, dtype=np.int64)])
 
 
-def answers_kind(path: str) -> str:
-    """Return what a file of answers holds, `soft` or `hard`.
+def answers_kind(path: str, asked: str | None = None) -> str:
+    """Return what a file of answers holds, `soft` or `hard`. A class beside columns of other names, which may be those
+    of the classes, is what is asked for.
+
+    Args:
+        path: of the file.
+        asked: `soft`, `hard`, or None for nothing.
 
     Raises:
         UserError: where it cannot be read.
     """
     columns = read_columns(path, names_alone=True)
     probabilities = _PROBABILITIES in columns or any(f'{prefix}0' in columns for prefix in _NUMBERED)
-    return 'hard' if _first(_CLASS, columns) and not probabilities else 'soft'
+    others = set(columns) - {*PATH_COLUMNS, *_CLASS, _INDEX, SPLIT_COLUMN}
+    perhaps = asked == 'soft' and len(others) > 1
+    return 'hard' if _first(_CLASS, columns) and not probabilities and not perhaps else 'soft'
 
 
 def read_columns(path: str, names_alone: bool = False) -> Columns:
@@ -240,6 +247,8 @@ def _read_answers(columns: Columns, source: Source, answers: str, names: list[st
             found = _lists(columns[_PROBABILITIES])
         elif each := _columns_of_classes(columns, source):
             found = np.array([columns[name] for name in each], dtype=np.float32).T
+        elif answers == 'soft' and _first(_CLASS, columns):
+            raise ValueError('holds classes and no probabilities; --black-box hard takes them')
         elif column := _first(_CLASS, columns):
             found = _classes(columns[column], source, column)
         else:

@@ -96,7 +96,8 @@ class TeacherCache:
         self._threads = threading.RLock()  # a closed teacher's answers are written by the threads that ask
         self._check_folder()
         weights = None if train_teacher else self._weights_file()
-        if weights or self.by_image:
+        # together: where one process does not have the file, all wait until the teacher is built
+        if self.by_image or not any(all_reduce_max(accelerator, weights is None)):
             self.open(weights)
             if self.complete:
                 accelerator.print('  the teacher is not asked' if self.by_image else '  the teacher is not loaded')
@@ -313,10 +314,13 @@ class TeacherCache:
                 'complete; delete this file to have it computed again '
                 f'(`timm-rld cache verify {self.folder}` lists what is damaged)'
             )
+        there = np.array([rows.read(where[i : i + 1]) is not None for i in range(len(where))])
         stored = rounded(compute().float(), target, self.dtype)
+        if there.any():  # a row that was there stays, whatever batch it came from
+            known = rows.read(where[there])
+            assert known is not None, 'rows that were read can be read again'
+            stored[torch.from_numpy(there).to(stored.device)] = known.to(stored.device)
         self._write(rows, where, stored)
-        if stored.device.type == 'cpu' and (found := rows.read(where)) is not None:
-            stored = found  # a row that was there stays, whatever batch it came from
         return stored.float()
 
     def _asked(

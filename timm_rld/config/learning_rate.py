@@ -33,7 +33,6 @@ FAMILIES = (
     Family(('lars', 'larc'), 0.3, 'linear'),  # SimCLR
     Family(('adagrad',), 1e-2, 'sqrt'),  # from here on torch's and timm's own defaults
     Family(('adadelta',), 1.0, 'sqrt'),
-    Family(('adahessian',), 0.1, 'sqrt'),
     ADAM,
 )
 

@@ -177,6 +177,17 @@ def _check(c: Config) -> None:
         raise UsageError('--train-on-holdout: needs --tune-holdout')
     if c.tune_holdout is not None and c.push_to_hub:
         raise UsageError('--push-to-hub: a run with --tune-holdout has no validation split to give a figure of')
+    for name in ('scale', 'ratio') if c.train_crop_mode == 'pad' and not c.no_aug else ():
+        if (value := getattr(c, name)) is not None:
+            raise UsageError(
+                f'{flag_of(name)} {" ".join(f"{v:g}" for v in value)}: --train-crop-mode pad cuts images at their own '
+                'scale; leave it out, or give --train-crop-mode rrc'
+            )
+    if c.train_crop_mode != 'pad' and 'crop_padding' in c.origin.flags:
+        raise UsageError(
+            f'--crop-padding {c.crop_padding}: --train-crop-mode {c.train_crop_mode} does not pad; leave it out, or '
+            'give --train-crop-mode pad'
+        )
     if c.val_fraction is None and c.val_seed is not None:
         raise UsageError(f'--val-seed {c.val_seed}: needs --val-fraction')
     if c.val_fraction is not None and c.val_split is not None:
@@ -260,6 +271,11 @@ def _check_closed(c: Config) -> None:
     for setting in set(taken_by('create_teacher')) - {'teacher', 'in_chans', 'teacher_pretrained'}:
         if getattr(c, setting) is not None:
             raise UsageError(f'{flag_of(setting)} {getattr(c, setting)}: {flag} {name} shows no network to set it of')
+    if c.teacher_answers is not None and c.on_bad_image == 'skip':
+        raise UsageError(
+            f'--on-bad-image skip with {flag} {name}: the image that replaces a broken one is not the one that the '
+            'answer belongs to; leave one of the two out, or leave the images out with --skip-list FILE'
+        )
     for setting in ('mixup', 'cutmix', 'cutmix_minmax') if c.teacher_answers is not None else ():
         if getattr(c, setting):
             raise UsageError(

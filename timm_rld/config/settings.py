@@ -110,20 +110,21 @@ class Config:
 
     # teacher and student
     teacher: str | None = setting(None, MODELS, 'teacher: a timm name, hf-hub:user/model or local-dir:path',
-        used_by='create_teacher:name', path='prefixed')  # fmt: skip
+        used_by='create_teacher:name teacher_facts:name', path='prefixed')  # fmt: skip
     student: str | None = setting(None, MODELS, 'student: a timm name, hf-hub:user/model or local-dir:path',
         used_by='create_student:name', path='prefixed')  # fmt: skip
     teacher_checkpoint: str | None = setting(None, MODELS,
-        'weights of the teacher, .safetensors or .pth (read with weights_only)', used_by='create_teacher:checkpoint',
-        path=True)  # fmt: skip
+        'weights of the teacher, .safetensors or .pth (read with weights_only)',
+        used_by='create_teacher:checkpoint teacher_facts:checkpoint', path=True)  # fmt: skip
     teacher_epochs: int | None = setting(None, MODELS,
-        'train the teacher on this dataset for N epochs first; 0: do not', ge=0, sample=7)  # fmt: skip
+        'train the teacher on this dataset for N epochs first; 0: do not', ge=0, sample=7,
+        used_by='teacher_facts:epochs')  # fmt: skip
     teacher_lr: float | None = setting(None, MODELS, "learning rate of the teacher's training (default: --lr)", gt=0)
     teacher_pretrained: bool | None = setting(None, MODELS, 'use the published weights of the teacher (default: yes)',
         used_by='create_teacher:pretrained')  # fmt: skip
     teacher_class_map: str | None = setting(None, MODELS,
         "map the dataset's classes to the teacher's outputs: 'auto' (by label names) or a JSON file",
-        used_by='create_teacher:class_map', path=True)  # fmt: skip
+        used_by='create_teacher:class_map teacher_facts:class_map', path=True)  # fmt: skip
     min_teacher_acc: float | None = setting(None, MODELS,
         'stop if the top-1 %% of the teacher is below this (default: near chance); 0: never', ge=0, le=100,
         resumable=True)  # fmt: skip

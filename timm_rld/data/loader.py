@@ -150,8 +150,8 @@ class Loader:
         return self.sampler.left_out() if self.sampler is not None else ()
 
     def skip_bad_images(self, listed_in: Path) -> None:
-        """From now on put another image in the place of one that cannot be read, and add a line to a file. Has no
-        effect on streamed splits, nor on workers that have started."""
+        """From now on put another image in the place of one that cannot be read, and add a line to a file. Not for
+        streamed splits; has no effect on workers that have started."""
         if self.sampler is not None:
             self.dataset.bad_images = listed_in
 

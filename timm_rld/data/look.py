@@ -30,8 +30,14 @@ def first_look(train: Source, val: Source, on_bad_image: str, log: Callable[[str
         log: for notes, a line each.
 
     Raises:
-        UserError: for images that cannot be read; of the training split only where they are not skipped.
+        UserError: for images that cannot be read; of the training split only where they are not skipped, which those of
+            a stream cannot be.
     """
+    if train.streamed and on_bad_image == 'skip':
+        raise UserError(
+            f'--on-bad-image skip: split {train.split!r} is read as a stream, in which no other image can be drawn '
+            'in the place of one; leave it out'
+        )
     for source in (train, val):
         if source.left_out and not (source is val and val.dataset is train.dataset):
             log(f'{source.split}: left out: {note_left_out(source.left_out)}')

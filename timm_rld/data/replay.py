@@ -166,6 +166,11 @@ class ReplayStream(IterableDataset[tuple[Tensor, int, int]]):
                 for value, key in ((image, 'input_key'), (target, 'target_key')):
                     if value is None:
                         raise ValueError(f'its {getattr(source.dataset.reader, key)!r} is null')
+                if target != int(target) or not 0 <= int(target) < source.num_classes:
+                    raise ValueError(
+                        f'its label is {target!r}, and there are {source.num_classes} classes, from 0 '
+                        '(--num-classes, --class-map)'
+                    )
                 image = decode(image, source.image_mode, source.exif)
             except StopIteration:
                 return

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
@@ -105,6 +105,7 @@ def _compose(steps: Any, channels: int, jpeg_draft: bool) -> Transform:
     from torchvision import transforms
 
     first, *rest = (to_tensor if isinstance(step, MaybePILToTensor) else step for step in steps)
+    _allow_no_bits(rest)
     # rkrc and rkrr choose their box otherwise, and 'nearest' takes single pixels, which a smaller image has not
     if not (
         jpeg_draft
@@ -113,6 +114,25 @@ def _compose(steps: Any, channels: int, jpeg_draft: bool) -> Transform:
     ):
         return transforms.Compose([first, *rest])
     return DraftTransform(first, transforms.Compose(rest), {1: 'L', 3: 'RGB'}[channels])
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, for all that its policies ask for: of 0 bits, a black image, Pillow knows nothing from 13.0 on."""
+    if bits_to_keep >= 8:
+        return image
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+def _allow_no_bits(steps: list[Any]) -> None:
+    from timm.data.auto_augment import AutoAugment, RandAugment
+
+    for step in steps:
+        parts = step.transforms if hasattr(step, 'transforms') else [step]
+        for part in parts:
+            policies = [part.ops] if isinstance(part, RandAugment) else getattr(part, 'policy', [])
+            for op in (op for ops in policies for op in ops) if isinstance(part, (AutoAugment, RandAugment)) else ():
+                if op.name.startswith('Posterize'):
+                    op.aug_fn = _posterize
 
 
 class ErasePixels:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,7 @@ class Ahead:
             future = self.futures[number]
             while not future.done():
                 pauses.while_waiting()
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(futures.TimeoutError):  # which is not Python's before 3.11
                     future.exception(timeout=0.5)
             if isinstance(future.exception(), UserError):
                 error = error or future.exception()  # type: ignore[assignment]

@@ -84,6 +84,12 @@ class FiniteCheck:
         self.skipped = self.in_a_row = 0
         self.stop, self.overdue = 0, False
         self.pending: _Pending | None = None
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+
+    def start_group(self, module: nn.Module) -> None:
+        """Before the forward passes of a step: if it is skipped, they shall have left no trace in batch norm."""
+        if self.allowed:
+            self.buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
     def allows_step(
         self,
@@ -138,7 +144,7 @@ class FiniteCheck:
     def _read(self, pending: _Pending) -> bool:
         if pending.event is not None:
             pending.event.synchronize()
-        bad, stop, overdue = pending.flags.numpy()
+        bad, stop, overdue = pending.flags.cpu().numpy()
         self.stop, self.overdue = max(self.stop, int(stop)), bool(overdue)
         if not bad:
             self.in_a_row = 0
@@ -146,6 +152,8 @@ class FiniteCheck:
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row <= self.allowed:
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
             return False
         values = [loss.item() for loss in pending.losses]
         bad = [i for i, v in enumerate(values) if v - v != 0] or list(range(len(values)))

@@ -127,6 +127,8 @@ def train_epoch(
         for number, batch in numbered:
             timer.lap('data')
             step = loader.step(number)
+            if not group.losses:
+                pauses.check.start_group(state.module)
             result = train_step(state, batch, number, step, mixup)
             group.add(result, batch[2], step.count)
             timer.lap('student')
@@ -271,7 +273,7 @@ class Pauses:
         self.best_by = config.best_by
         self.every = sys.maxsize if self.each_epoch else int(config.checkpoint_interval)
         self.check = FiniteCheck(state.accelerator, config.skip_nonfinite, state.phase)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_updates = time.monotonic(), state.updates
 
     def allows_step(self, group: Group, number: int) -> bool:
         """Return whether losses and gradients of a group are finite (:class:`FiniteCheck`)."""
@@ -282,8 +284,7 @@ class Pauses:
 
     def after_step(self) -> None:
         """After an optimizer step within an epoch."""
-        due = self.check.overdue or self.state.updates % self.every == 0
-        self._pause(self.state.batch, due, self.check.stop)
+        self._pause(self.state.batch, self._is_time(), self.check.stop)
 
     def in_evaluation(self) -> None:
         """After an evaluation that was interrupted."""
@@ -293,7 +294,8 @@ class Pauses:
         """After the evaluation of an epoch."""
         epoch, stop = self.state.epoch, self._received()
         last = epoch == self.epochs
-        due = self.each_epoch or last or best_epoch(self.state.history, self.best_by) == epoch
+        best = best_epoch(self.state.history, self.best_by) == epoch
+        due = self.each_epoch or last or best or self._is_time()
         if last and self.state.phase == 'student':
             self._pause(None, due, 0)  # what is left takes seconds
         else:
@@ -323,6 +325,10 @@ class Pauses:
         self._pause(self.state.batch, True, 0)
         raise UserError(f'{reason}{self._continues()}')
 
+    def _is_time(self) -> bool:
+        """Whether a multiple of the interval, or a quarter of an hour, has passed since the last checkpoint."""
+        return self.check.overdue or self.state.updates // self.every > self.saved_updates // self.every
+
     def _received(self) -> int:
         return all_reduce_max(self.state.accelerator, self.signals.received)[0]
 
@@ -338,7 +344,7 @@ class Pauses:
         if self.checkpoints is not None and resumable and (due or stop) and not saved:
             self.check.wait()
             self.state.save(self.checkpoints, batch)
-            self.saved_at, self.check.overdue = time.monotonic(), False
+            self.saved_at, self.saved_updates, self.check.overdue = time.monotonic(), self.state.updates, False
             self.state.timer.start()
         if stop:
             raise Stopped(f'stopped by {signal.Signals(stop).name} {self._where()}{self._continues()}', 128 + stop)

@@ -19,6 +19,8 @@ from ..poison import check_poison
 from ..task import DistillationTask
 from .mekd_settings import check_generated
 
+_SECOND_ORDER = ('adahessian',)  # of timm's optimizers
+
 _FUSED = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')  # those of torch that have it on CPUs and GPUs
 
 
@@ -69,13 +71,17 @@ def check_settings(config: Config) -> None:
     check_generated(config)
     if config.teacher_query is not None:
         load_query(config.teacher_query)
-    if config.teacher_answers is not None and (kind := answers_kind(config.teacher_answers)) != config.black_box:
-        if 'black_box' in config.origin.derived:
+    if config.teacher_answers is not None:
+        asked = None if 'black_box' in config.origin.derived else config.black_box
+        kind = answers_kind(config.teacher_answers, asked)
+        if asked is None:
             config.give(black_box=kind)
-        elif kind == 'hard':
+        elif kind == 'hard' != asked:
             raise UsageError(f'--teacher-answers {config.teacher_answers}: holds classes; --black-box hard takes them')
     check_poison(**config.arguments_of('check_poison'))
-    known = [str(name) for name in list_optimizers()]
+    known = [str(name) for name in list_optimizers() if name not in _SECOND_ORDER]
+    if config.opt.lower() in _SECOND_ORDER:
+        raise UsageError(f'--opt {config.opt}: needs second derivatives, which are not computed here; use adamw')
     if config.opt.lower() not in known:
         raise UsageError(f'--opt {config.opt}: unknown optimizer{did_you_mean(config.opt, known)}')
     optimizer = create_optimizer(nn.Linear(2, 2), config)

@@ -239,15 +239,9 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     config = json.loads(run.config.read_text(encoding='utf-8'))
     images = config['pretrained_cfg']
     epoch, epochs = f'{run.history[-1]["epoch"]:.0f}', results['epochs']
-    last, at, so_many = 'last epoch', 'the last epoch', f'{epochs}'
-    if int(epoch) < epochs:
-        last, so_many = f'epoch {epoch}', f'{epoch} of {epochs}'
-        at = f'epoch {so_many}, pushed while training went on'
-    which = {
-        'last': f'those of {at}',
-        'best': f'those of epoch {metrics["epoch"]:.0f}, chosen as the best on the validation split itself',
-        'ema': f'the moving average of the weights, after {at}',
-    }[weights]
+    finished = int(epoch) == epochs
+    last, so_many = ('last epoch', str(epochs)) if finished else (f'epoch {epoch}', f'{epoch} of {epochs}')
+    at = 'the last epoch' if finished else f'epoch {so_many}, pushed while training went on'
     methods, dataset = _methods(results), _literal(_dataset(settings))
     distilled = methods != ['none']
     lines = [BEGIN, '', f'# {repo_id.partition("/")[2] or repo_id}', '']
@@ -283,7 +277,7 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     split = _code(settings['val_split'] if not part else settings['train_split'])
     lines += ['## Figures', '', f'On {part}the split {split} of {dataset}, each image counted once.', '',
               '| | |', '| --- | --- |', *(f'| {a} | {b} |' for a, b in rows), '',
-              f'The weights here are {which}.', '', *size_and_speed(results)]  # fmt: skip
+              _which(weights, at, metrics['epoch']), '', *size_and_speed(results)]  # fmt: skip
     lines += exports_table(run)
     if has_curve:
         lines += ['![Loss and accuracy over the epochs](curve.png)', '']
@@ -314,6 +308,16 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
         '', '## Cite', '', _CITATIONS, '', END,
     ]  # fmt: skip
     return '\n'.join(lines)
+
+
+def _which(weights: str, at: str, epoch: float | None) -> str:
+    """Return a sentence on which weights `last`, `best` or `ema` are."""
+    which = {
+        'last': f'those of {at}',
+        'best': f'those of epoch {epoch:.0f}, chosen as the best on the validation split itself',
+        'ema': f'the moving average of the weights, after {at}',
+    }
+    return f'The weights here are {which[weights]}.'
 
 
 def _started_from(results: dict[str, Any]) -> list[str]:

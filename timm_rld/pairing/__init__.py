@@ -45,6 +45,7 @@ from .weights import (
     load_into,
     load_weights,
     look_up,
+    teacher_facts,
     weights_digest,
     weights_file,
     weights_origin,
@@ -57,6 +58,6 @@ __all__ = [
     'has_distillation_head', 'has_fixed_size', 'in_distilled_training', 'least_teacher_accuracy', 'load_into',
     'load_query', 'load_weights', 'look_at_features', 'look_up', 'MapPairs', 'match_classes', 'ModelInfo', 'Normalize',
     'outputs_of_heads', 'Pair', 'pair_maps', 'Queries', 'QueryError', 'QueryTeacher', 'read_class_map', 'resize_mode',
-    'resized_to', 'soft_rows', 'Taps', 'Teacher', 'teacher_skeleton', 'TeacherQuery', 'to_memory_format',
-    'weights_digest', 'weights_file', 'weights_origin', 'WithFeatures',
+    'resized_to', 'soft_rows', 'Taps', 'Teacher', 'teacher_facts', 'teacher_skeleton', 'TeacherQuery',
+    'to_memory_format', 'weights_digest', 'weights_file', 'weights_origin', 'WithFeatures',
 ]  # fmt: skip

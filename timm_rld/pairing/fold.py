@@ -133,9 +133,10 @@ def _look(model: nn.Module, x: Tensor, outputs: Outputs) -> tuple[Sequence[Tenso
         Its outputs, and the pairs where both are called once, and nothing but the batch norm reads what the convolution
         gives.
     """
-    from timm.layers import BatchNormAct2d, Conv2dSame
+    from timm.layers import BatchNormAct2d, Conv2dSame, SyncBatchNormAct
 
-    convs, norms = (nn.Conv2d, Conv2dSame), (nn.BatchNorm2d, BatchNormAct2d)  # these very types: others compute more
+    convs = (nn.Conv2d, Conv2dSame)  # these very types: others compute more
+    norms = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct)
     of_convs: dict[int, tuple[str, Tensor]] = {}  # holds the tensors, so that no id comes twice
     pairs: dict[Pair, int] = {}
     calls: dict[str, int] = {}

@@ -15,7 +15,7 @@ from .class_map import check_order, resolve_class_map
 from .heads import enable_distilled_training
 from .query import ClosedTeacher
 from .teacher import Floats, Normalize, Teacher, create_normalize, resized_to
-from .weights import ModelInfo, build_model, first_line, head_size, load_into, load_weights, look_up
+from .weights import ModelInfo, build_model, first_line, head_size, load_into, load_weights, look_up, weights_origin
 
 
 @dataclass
@@ -27,12 +27,14 @@ class Pair:
         teacher: None where nothing is distilled, or its answers are on the disk.
         normalize: the student's normalisation.
         data_config: the student's preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        student_weights: where the weights come from that the student starts from (:func:`weights_origin`), or None.
     """
 
     student: nn.Module
     teacher: Teacher | ClosedTeacher | None
     normalize: Normalize
     data_config: dict[str, Any]
+    student_weights: dict[str, str | None] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -122,7 +124,8 @@ def create_student(
     _try_forward(model, config['input_size'], num_classes, f'--student {name}')
     if distill_token:
         enable_distilled_training(model, config['input_size'], f'--student {name}')
-    return Pair(model, None, Normalize(config['mean'], config['std']), config)
+    origin = weights_origin(model, name) if pretrained else None
+    return Pair(model, None, Normalize(config['mean'], config['std']), config, origin)
 
 
 def create_teacher(

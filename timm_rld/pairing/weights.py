@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, did_you_mean, is_not_plain
+from ..files import sha256_of
 from ..offline import hub_in_reach
 
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -244,6 +245,25 @@ def weights_file(teacher: str, checkpoint: str | None = None) -> Path | None:
     else:
         candidates = []
     return next((path for path in candidates if path.is_file()), None)
+
+
+def teacher_facts(
+    name: str | None, checkpoint: str | None = None, class_map: str | None = None, epochs: int | None = None
+) -> dict[str, str]:
+    """Return what the files of a teacher hold, as digests by name; a resumed run may find others in their place.
+
+    Args:
+        name: a timm name, `hf-hub:user/model` or `local-dir:path`; None for no teacher.
+        checkpoint: a file in place of its published weights.
+        class_map: a file, or `auto`.
+        epochs: for which it is trained in the run; then it has no file before.
+    """
+    files: dict[str, Path | None] = {}
+    if name is not None and not epochs:
+        files["the teacher's weights"] = weights_file(name, checkpoint)
+    if class_map is not None and class_map != 'auto':
+        files['--teacher-class-map'] = Path(class_map).expanduser()
+    return {f'{what} (a digest)': sha256_of(file) for what, file in files.items() if file}
 
 
 def weights_origin(model: nn.Module, name: str) -> dict[str, str | None]:
