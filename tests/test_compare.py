@@ -185,6 +185,9 @@ def test_the_reference_is_rld_or_its_first_variant():
     two = rows(**{'rld:beta=2': [61, 62], 'rld': [65, 66], 'none': [60, 60]})
     found = dict(teacher='a', student='b', epochs=2, seeds=[0, 1], runs=two, criteria=summarize(two))
     assert found['criteria'][0]['rld_minus_this'] == 4 and '| rld minus this |' in markdown(found)
+    two = rows(kd=[61, 62], none=[60, 60])
+    table = markdown({**found, 'runs': two, 'criteria': summarize(two)})
+    assert 'minus this' not in table and len({line.count('|') for line in table.splitlines() if '|' in line}) == 1
 
 
 def test_with_standardized_logits_of_a_file_none_is_still_none():

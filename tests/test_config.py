@@ -160,7 +160,6 @@ def test_auto_workers_are_the_process_share_of_the_cores_but_one(monkeypatch, tm
             '--scale 1 0.1: the first value must be below the second',
         ),
         (['--scale', '0.5', '1'], '--scale 0.5 1: --train-crop-mode pad cuts images at their own scale'),
-        (['--data-dir', 'd', '--crop-padding', '2'], '--crop-padding 2: --train-crop-mode rrc does not pad'),
         (['--epochs', '2', '--cooldown-epochs', '2'], '--cooldown-epochs 2: leaves nothing of --epochs 2'),
         (['--sched', 'cosin'], "--sched: 'cosin' is not one of cosine, "),
         (['--in-chans', '2'], "--in-chans: '2' is not one of 1, 3"),

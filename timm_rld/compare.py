@@ -198,29 +198,29 @@ def markdown(found: dict[str, Any]) -> str:
     teacher = f' (top-1 {teachers.pop():.2f})' if len(teachers) == 1 else ''
     shown = ' '.join(map(str, seeds))
     names = [e['criterion'] for e in found['criteria'] if e['seeds']]
-    reference = reference_of(names) or 'rld'
+    reference = reference_of(names)
+    against = [] if reference is None else [f'{reference} minus this']
+    columns = ['criterion', 'top-1, last epoch', 'best epoch', 'macro accuracy', 'gain over none', *against,
+               'agreement', 'images/s']  # fmt: skip
     lines = [
         f'{found["teacher"]}{teacher} → {found["student"]}, {found["epochs"]} epochs, seeds {shown}.',
         '',
-        '| criterion | top-1, last epoch | best epoch | macro accuracy | gain over none | '
-        f'{reference} minus this | agreement | images/s |',
-        '| --- | --- | --- | --- | --- | --- | --- | --- |',
+        f'| {" | ".join(columns)} |',
+        f'|{" --- |" * len(columns)}',
     ]
     for e in found['criteria']:
         name = e['criterion'] + (f' ({e["seeds"]} of {len(seeds)} seeds)' if 0 < e['seeds'] < len(seeds) else '')
         if not e['seeds']:
-            lines.append(f'| {name} | failed | | | | | | |')
+            lines.append(f'| {name} | failed |{" |" * (len(columns) - 2)}')
             continue
         last, best = (
             f'{e[k]:.2f}' + ('' if e[f'{k}_std'] is None else f' ± {e[f"{k}_std"]:.2f}') for k in ('top1', 'top1_best')
         )
-        gain = show_difference(e['gain_over_none'], e['gain_interval'])
-        against = show_difference(e['rld_minus_this'], e['interval'])
-        agreement = '' if e['agreement'] is None else f'{e["agreement"]:.1f}'
-        macro = '' if e['macro'] is None else f'{e["macro"]:.2f}'
-        lines.append(
-            f'| {name} | {last} | {best} | {macro} | {gain} | {against} | {agreement} | {e["images_per_second"]:.0f} |'
-        )
+        cells = [name, last, best, '' if e['macro'] is None else f'{e["macro"]:.2f}',
+                 show_difference(e['gain_over_none'], e['gain_interval'])]  # fmt: skip
+        cells += [show_difference(e['rld_minus_this'], e['interval'])] if against else []
+        cells += ['' if e['agreement'] is None else f'{e["agreement"]:.1f}', f'{e["images_per_second"]:.0f}']
+        lines.append(f'| {" | ".join(cells)} |')
     if len(seeds) == 1:
         lines += ['', 'One seed: no deviation and no interval can be given; a difference may be chance.']
     else:

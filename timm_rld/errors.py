@@ -141,7 +141,10 @@ def run_main(program: Callable[[], object], name: str, debug: bool) -> int:
             print(f'{name}: {e}', file=sys.stderr)
         return e.exit_code
     except Exception as e:
-        _ignore_further_workers()
+        try:
+            _ignore_further_workers()
+        except RuntimeError:  # one died as it was called
+            _ignore_further_workers()
         if debug:
             traceback.print_exc()
         code = e.exit_code if isinstance(e, UserError) else 1

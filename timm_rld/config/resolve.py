@@ -183,11 +183,6 @@ def _check(c: Config) -> None:
                 f'{flag_of(name)} {" ".join(f"{v:g}" for v in value)}: --train-crop-mode pad cuts images at their own '
                 'scale; leave it out, or give --train-crop-mode rrc'
             )
-    if c.train_crop_mode != 'pad' and 'crop_padding' in c.origin.flags:
-        raise UsageError(
-            f'--crop-padding {c.crop_padding}: --train-crop-mode {c.train_crop_mode} does not pad; leave it out, or '
-            'give --train-crop-mode pad'
-        )
     if c.val_fraction is None and c.val_seed is not None:
         raise UsageError(f'--val-seed {c.val_seed}: needs --val-fraction')
     if c.val_fraction is not None and c.val_split is not None:

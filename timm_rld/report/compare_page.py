@@ -97,8 +97,8 @@ def _commands(
 def _table(found: dict[str, Any], reference: str | None) -> Table:
     """The table of compare.md."""
     several = len(found['seeds']) > 1
-    columns = ['criterion', 'top-1, last epoch#', 'best epoch#', 'macro accuracy#', 'gain over none#',
-               f'{reference or "rld"} minus this#',
+    against = [] if reference is None else [f'{reference} minus this#']
+    columns = ['criterion', 'top-1, last epoch#', 'best epoch#', 'macro accuracy#', 'gain over none#', *against,
                'agreement#', 'images/s#', 'seeds#']  # fmt: skip
 
     def cell(value: float | None, shown: str = '.2f', spread: float | None = None) -> Cell | str:
@@ -109,12 +109,12 @@ def _table(found: dict[str, Any], reference: str | None) -> Table:
     rows: list[list[Any]] = []
     for e in found['criteria']:
         if not e['seeds']:
-            rows.append([e['criterion'], 'failed', '', '', '', '', '', '', 0])
+            rows.append([e['criterion'], 'failed', *[''] * (len(columns) - 3), 0])
             continue
         rows.append([
             e['criterion'], cell(e['top1'], spread=e['top1_std']), cell(e['top1_best'], spread=e['top1_best_std']),
             cell(e.get('macro')), cell(e['gain_over_none'], '+.2f', e.get('gain_interval')),
-            cell(e['rld_minus_this'], '+.2f', e['interval']),
+            *([cell(e['rld_minus_this'], '+.2f', e['interval'])] if against else []),
             cell(e['agreement'], '.1f'), cell(e['images_per_second'], ',.0f'), e['seeds'],
         ])  # fmt: skip
     note = '± is the deviation over seeds; of differences, half the 95% interval' if several else 'One seed'
