@@ -448,7 +448,8 @@ def test_another_generator_is_trained_where_the_runs_own_was(folder, tmp_path):
     (generator / 'args.yaml').write_text('distill: mekd\n')
     run = plant_run(tmp_path / 'run', ['a', 'b', 'c'], None, data_dir=str(folder), distill='mekd',
                     generator=str(generator / 'generator'))  # fmt: skip
-    assert f'--config {generator / "args.yaml"}' in facts_of(run)['another_generator']
+    command = facts_of(run)['another_generator']
+    assert f'--config {generator / "args.yaml"}' in command and '--no-push-to-hub' in command
     shutil.rmtree(generator)
     facts = facts_of(run)
     assert facts['another_generator'] == facts['another_seed']

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from .config import Config, flag_of, load_yaml, load_yaml_text, marked, to_yaml, warmup_epochs
 from .data import Source, class_weights
 from .data.images import DECODING_RULES
-from .distributed import raise_on_all
+from .distributed import main_only, raise_on_all
 from .errors import Stopped, UserError
 from .files import sha256_of
 from .run_folder import claim, is_finished, write_inputs
@@ -45,8 +46,9 @@ def open_run(
 
     # check_settings() and resolve() have seen to these
     assert config.student is not None and config.epochs is not None and isinstance(config.workers, int)
+    of_teacher = functools.partial(teacher_facts, **config.arguments_of('teacher_facts'))
     facts = gather_facts(accelerator, train, val, config.workers, **config.arguments_of('gather_facts'))
-    facts |= teacher_facts(**config.arguments_of('teacher_facts'))
+    facts |= main_only(accelerator, of_teacher)  # reads the whole file of its weights
     name = config.experiment or '-'.join(
         [time.strftime('%Y%m%d-%H%M%S'), safe_model_name(config.student), config.method]
     )

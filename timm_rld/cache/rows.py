@@ -126,6 +126,10 @@ class Rows:
         raw = np.frombuffer(bytearray().join(rows), np.uint8).reshape(len(rows), self.row_bytes)
         return torch.from_numpy(raw).view(self.dtype)
 
+    def present(self, indices: np.ndarray) -> np.ndarray:
+        """Which of some rows are there, `[B]`. Raises as :meth:`read`."""
+        return np.array([self.read(indices[i : i + 1]) is not None for i in range(len(indices))], dtype=bool)
+
     def _rows(self, indices: list[int]) -> list[bytes]:
         return self._pread(self.row_bytes, [self.start + index * self.row_bytes for index in indices])
 

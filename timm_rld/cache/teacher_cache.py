@@ -314,7 +314,7 @@ class TeacherCache:
                 'complete; delete this file to have it computed again '
                 f'(`timm-rld cache verify {self.folder}` lists what is damaged)'
             )
-        there = np.array([rows.read(where[i : i + 1]) is not None for i in range(len(where))])
+        there = rows.present(where)
         stored = rounded(compute().float(), target, self.dtype)
         if there.any():  # a row that was there stays, whatever batch it came from
             known = rows.read(where[there])
@@ -340,7 +340,7 @@ class TeacherCache:
         where = indices.numpy()
         with self._threads:
             rows = self._rows(name)
-            absent = torch.tensor([i for i in range(len(where)) if rows.read(where[i : i + 1]) is None])
+            absent = torch.from_numpy(np.flatnonzero(~rows.present(where)))
         if len(absent):
             answers = stored(compute(absent).cpu(), absent)
             with self._threads:

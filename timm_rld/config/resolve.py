@@ -266,17 +266,23 @@ def _check_closed(c: Config) -> None:
     for setting in set(taken_by('create_teacher')) - {'teacher', 'in_chans', 'teacher_pretrained'}:
         if getattr(c, setting) is not None:
             raise UsageError(f'{flag_of(setting)} {getattr(c, setting)}: {flag} {name} shows no network to set it of')
-    if c.teacher_answers is not None and c.on_bad_image == 'skip':
-        raise UsageError(
-            f'--on-bad-image skip with {flag} {name}: the image that replaces a broken one is not the one that the '
-            'answer belongs to; leave one of the two out, or leave the images out with --skip-list FILE'
-        )
+    if c.teacher_answers is not None:
+        _check_no_replacements(c, f'{flag} {name}', 'answer')
     for setting in ('mixup', 'cutmix', 'cutmix_minmax') if c.teacher_answers is not None else ():
         if getattr(c, setting):
             raise UsageError(
                 f'{flag_of(setting)} with {flag} {name}: the teacher has answered for the images, and not for mixed '
                 'ones; leave one of the two out'
             )
+
+
+def _check_no_replacements(c: Config, kept: str, row: str) -> None:
+    """Refuse that another image takes the place of a broken one where the teacher's rows are kept by image."""
+    if c.on_bad_image == 'skip':
+        raise UsageError(
+            f'--on-bad-image skip with {kept}: the image that replaces a broken one is not the one that the {row} '
+            'belongs to; leave one of the two out, or leave the images out with --skip-list FILE'
+        )
 
 
 def _resolve_cache(c: Config) -> None:
@@ -288,11 +294,7 @@ def _resolve_cache(c: Config) -> None:
         return
     if not c.teacher_cache.strip():
         raise UsageError('--teacher-cache: expected a folder')
-    if c.on_bad_image == 'skip':
-        raise UsageError(
-            '--on-bad-image skip with --teacher-cache: the image that replaces a broken one is not the one that the '
-            'cached logit belongs to; leave one of the two out, or leave the images out with --skip-list FILE'
-        )
+    _check_no_replacements(c, '--teacher-cache', 'cached logit')
     if c.teacher_answers is not None:
         raise UsageError(f'--teacher-cache {c.teacher_cache}: the answers of --teacher-answers are on the disk already')
     if c.teacher_name is None:

@@ -152,8 +152,8 @@ class Loader:
     def skip_bad_images(self, listed_in: Path) -> None:
         """From now on put another image in the place of one that cannot be read, and add a line to a file. Not for
         streamed splits; has no effect on workers that have started."""
-        if self.sampler is not None:
-            self.dataset.bad_images = listed_in
+        assert self.sampler is not None, 'first_look() refuses a stream'
+        self.dataset.bad_images = listed_in
 
     def __iter__(self) -> Iterator[Batch]:
         return self._whole_stream() if self.sampler is None and self.training else iter(self.loader)

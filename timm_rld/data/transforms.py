@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -126,13 +127,15 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 def _allow_no_bits(steps: list[Any]) -> None:
     from timm.data.auto_augment import AutoAugment, RandAugment
 
+    ops: list[Any] = []
     for step in steps:
-        parts = step.transforms if hasattr(step, 'transforms') else [step]
-        for part in parts:
-            policies = [part.ops] if isinstance(part, RandAugment) else getattr(part, 'policy', [])
-            for op in (op for ops in policies for op in ops) if isinstance(part, (AutoAugment, RandAugment)) else ():
-                if op.name.startswith('Posterize'):
-                    op.aug_fn = _posterize
+        if isinstance(step, RandAugment):
+            ops += step.ops
+        elif isinstance(step, AutoAugment):
+            ops += itertools.chain.from_iterable(step.policy)
+    for op in ops:
+        if op.name.startswith('Posterize'):
+            op.aug_fn = _posterize
 
 
 class ErasePixels:
@@ -226,7 +229,7 @@ def train_transform(
         first.append(transforms.RandomHorizontalFlip(hflip))
     if vflip:
         first.append(transforms.RandomVerticalFlip(vflip))
-    return _compose([*first, colors, *last.transforms, *erase], input_size[0], jpeg_draft)
+    return _compose([*first, *colors.transforms, *last.transforms, *erase], input_size[0], jpeg_draft)
 
 
 def _check_policy(aa: str) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,17 @@ class _Pending:
     indices: list[Tensor]
 
 
+def keep_buffers(module: nn.Module) -> Callable[[], None]:
+    """Keep a copy of a module's buffers, which a forward pass of batch norm changes. Returns what puts it back."""
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def restore() -> None:
+        for buffer, before in kept:
+            buffer.copy_(before)
+
+    return restore
+
+
 class FiniteCheck:
     """Checks that each step's losses and gradients are finite, on all processes; the same message carries whether a
     process is asked to stop, and whether a checkpoint is overdue.
@@ -84,12 +96,12 @@ class FiniteCheck:
         self.skipped = self.in_a_row = 0
         self.stop, self.overdue = 0, False
         self.pending: _Pending | None = None
-        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.restore: Callable[[], None] | None = None
 
     def start_group(self, module: nn.Module) -> None:
         """Before the forward passes of a step: if it is skipped, they shall have left no trace in batch norm."""
         if self.allowed:
-            self.buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+            self.restore = keep_buffers(module)
 
     def allows_step(
         self,
@@ -152,8 +164,8 @@ class FiniteCheck:
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row <= self.allowed:
-            for buffer, before in self.buffers:
-                buffer.copy_(before)
+            if self.restore is not None:
+                self.restore()
             return False
         values = [loss.item() for loss in pending.losses]
         bad = [i for i, v in enumerate(values) if v - v != 0] or list(range(len(values)))

@@ -32,7 +32,7 @@ from ..pairing import ClosedTeacher, asked_about
 from ..seeds import GENERATOR, derive_seed
 from .asking import total_queries
 from .checkpoint import Checkpoint, Checkpoints, Position
-from .faults import StopSignals
+from .faults import StopSignals, keep_buffers
 from .log import Means, write_rows
 from .mekd_settings import GeneratorSettings
 from .progress import duration
@@ -289,7 +289,7 @@ def generator_step(
     torch.manual_seed(step_seed)
     of_fake, of_step = (torch.randn(m, generator.num_classes).to(real.device) for _ in range(2))
 
-    before = [buffer.clone() for buffer in generator.buffers()] if ask.needed else []  # of batch norm
+    restore = keep_buffers(generator) if ask.needed else None
     with accelerator.autocast():
         with torch.no_grad():
             fake = generator(of_fake)
@@ -297,8 +297,8 @@ def generator_step(
     try:
         answer = ask(images, f'{m} generated images (phase 1, epoch {state.epoch}, batch {state.batch + 1})')
     except UserError:
-        for buffer, value in zip(generator.buffers(), before):
-            buffer.copy_(value)
+        if restore is not None:
+            restore()
         raise
 
     discriminator.requires_grad_(True)

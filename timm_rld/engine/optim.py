@@ -76,7 +76,7 @@ def check_settings(config: Config) -> None:
         kind = answers_kind(config.teacher_answers, asked)
         if asked is None:
             config.give(black_box=kind)
-        elif kind == 'hard' != asked:
+        elif kind == 'hard' and asked == 'soft':
             raise UsageError(f'--teacher-answers {config.teacher_answers}: holds classes; --black-box hard takes them')
     check_poison(**config.arguments_of('check_poison'))
     known = [str(name) for name in list_optimizers() if name not in _SECOND_ORDER]

@@ -238,8 +238,8 @@ def card_section(run: RunFiles, repo_id: str, weights: str, has_curve: bool) -> 
     metrics = chosen_metrics(run, weights)
     config = json.loads(run.config.read_text(encoding='utf-8'))
     images = config['pretrained_cfg']
-    epoch, epochs = f'{run.history[-1]["epoch"]:.0f}', results['epochs']
-    finished = int(epoch) == epochs
+    epoch, epochs = int(run.history[-1]['epoch']), results['epochs']
+    finished = epoch == epochs
     last, so_many = ('last epoch', str(epochs)) if finished else (f'epoch {epoch}', f'{epoch} of {epochs}')
     at = 'the last epoch' if finished else f'epoch {so_many}, pushed while training went on'
     methods, dataset = _methods(results), _literal(_dataset(settings))

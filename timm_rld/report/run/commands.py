@@ -130,8 +130,8 @@ def _another_generator(r: Report) -> str | None:
     for folder in (file := Path(given), *file.parents[:2]):  # a run, its folder `generator`, or the weights in that
         if (folder / 'args.yaml').is_file():
             seed = str(int(r.results['seed']) + 1)
-            words = ['--config', str(folder / 'args.yaml'), '--seed', seed, '--experiment', f'{folder.name}-seed{seed}']
-            return shlex.join([*_START, *words])
+            config = ['--config', str(folder / 'args.yaml'), '--no-push-to-hub']
+            return shlex.join([*_START, *config, '--seed', seed, '--experiment', f'{folder.name}-seed{seed}'])
     return None
 
 
