@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['OMP_NUM_THREADS'] = '2'
@@ -90,13 +91,22 @@ def trained_teacher(tmp_path_factory, folder) -> Path:
 
 
 @pytest.fixture(scope='session')
-def stable():
+def fork_server():
     """Where training processes come from that may be killed."""
-    from victims import Stable
+    from fork_server import ForkServer
 
-    stable = Stable()
-    yield stable
-    stable.close()
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope='module')
+def forked_python(fork_server):
+    """Have what is started with `sys.executable` come from the fork server (not with a GPU, which no fork can use)."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr(sys, 'executable', str(fork_server.python))
+        yield
 
 
 @pytest.fixture

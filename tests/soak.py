@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from victims import Stable
+from fork_server import ForkServer
 
 FLAGS = [
     '--teacher', 'test_resnet', '--student', 'test_vit', '--no-teacher-pretrained', '--teacher-epochs', '1',
@@ -29,33 +29,33 @@ def main() -> None:
     parser.add_argument('--processes', type=int, default=1)
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
-    rng, stable = random.Random(args.seed), Stable()
+    rng, fork_server = random.Random(args.seed), ForkServer()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         flags = [*FLAGS, '--output', folder, '--resume', 'auto', '--experiment']
-        stable.run([*flags, 'whole'], out / 'warm-up.log', args.processes)
+        fork_server.run([*flags, 'whole'], out / 'warm-up.log', args.processes)
         shutil.rmtree(out / 'whole')
         started = time.monotonic()
-        stable.run([*flags, 'whole'], out / 'whole.log', args.processes)
+        fork_server.run([*flags, 'whole'], out / 'whole.log', args.processes)
         longest = time.monotonic() - started
         files = ['student/model.safetensors', 'student_ema/model.safetensors', 'teacher/model.safetensors']
         expected = [(out / 'whole' / f).read_bytes() for f in files]
         print(f'the run left alone: {longest:.1f} s', flush=True)
         same = kills = runs = 0
         while kills < args.kills:
-            victim = stable.start([*flags, 'killed'], out / 'killed.log', args.processes)
+            training = fork_server.start([*flags, 'killed'], out / 'killed.log', args.processes)
             time.sleep(rng.uniform(0, longest))
-            victim.signal(signal.SIGKILL)
-            killed = any(victim.wait())
+            training.signal(signal.SIGKILL)
+            killed = any(training.wait())
             kills += killed
             runs += 1
-            stable.run([*flags, 'killed'], out / 'killed.log', args.processes)
+            fork_server.run([*flags, 'killed'], out / 'killed.log', args.processes)
             identical = [(out / 'killed' / f).read_bytes() for f in files] == expected
             same += killed and identical
             print(f'kill {kills}: {"the same" if identical else "ANOTHER END"}', flush=True)
             shutil.rmtree(out / 'killed')
         print(f'{same} of {kills} ends bit-identical')
-    stable.close()
+    fork_server.close()
 
 
 if __name__ == '__main__':

@@ -15,8 +15,8 @@ import pytest
 import safetensors
 import timm
 import torch
+from fork_server import kill_until_done
 from PIL import Image
-from victims import kill_until_done
 
 from timm_rld import export_model
 from timm_rld.__main__ import main as tools
@@ -300,9 +300,9 @@ def test_a_fitted_teacher_has_a_cache_too(folder, tmp_path, capsys):
     assert tools(['cache', 'verify', str(tmp_path / 'cache'), '--rows', '20']) == 0
 
 
-def test_two_processes_fill_a_cache_that_one_reads(argv, tmp_path, stable, no_teacher):
+def test_two_processes_fill_a_cache_that_one_reads(argv, tmp_path, fork_server, no_teacher):
     more = ('--teacher-cache-views', '2', '--teacher-cache-dtype', 'float32', '-b', '4')
-    stable.run(cached(argv, tmp_path, 'two', *more), tmp_path / 'log', processes=2)
+    fork_server.run(cached(argv, tmp_path, 'two', *more), tmp_path / 'log', processes=2)
     for view in (tmp_path / 'cache').glob('epoch-*'):
         assert Rows(view).filled()[:41].all()
     no_teacher()
@@ -314,12 +314,12 @@ def test_two_processes_fill_a_cache_that_one_reads(argv, tmp_path, stable, no_te
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
-def test_a_run_with_a_cache_that_is_killed_goes_on_bit_for_bit(argv, tmp_path, stable, processes):
+def test_a_run_with_a_cache_that_is_killed_goes_on_bit_for_bit(argv, tmp_path, fork_server, processes):
     more = ('--teacher-cache-views', '2', '--checkpoint-interval', '2', '--resume', 'auto')
-    stable.run(cached(argv, tmp_path, 'whole', *more), tmp_path / 'log', processes)
+    fork_server.run(cached(argv, tmp_path, 'whole', *more), tmp_path / 'log', processes)
     shutil.rmtree(tmp_path / 'cache')
     rng = random.Random(processes)
-    kill_until_done(stable, cached(argv, tmp_path, 'killed', *more), tmp_path / 'log', rng, 2.0, 4, processes)
+    kill_until_done(fork_server, cached(argv, tmp_path, 'killed', *more), tmp_path / 'log', rng, 2.0, 4, processes)
     assert student(tmp_path, 'whole') == student(tmp_path, 'killed')
     assert tools(['cache', 'verify', str(tmp_path / 'cache')]) == 0
 
@@ -543,21 +543,21 @@ def test_a_half_written_view_is_an_error_that_says_what_to_do(filled, tmp_path, 
 
 
 @pytest.mark.parametrize('views', ['1', '400'])  # complete, so that it is read; being filled
-def test_a_view_that_is_cut_off_while_a_run_uses_it_is_an_error_and_no_signal(filled, stable, tmp_path, views):
+def test_a_view_that_is_cut_off_while_a_run_uses_it_is_an_error_and_no_signal(filled, fork_server, tmp_path, views):
     root, flags = filled
     copy = shutil.copytree(root / 'cache', tmp_path / 'cache')
     flags = [*flags, '--epochs', '400', '--output', str(tmp_path), '--teacher-cache-views', views]
-    victim = stable.start([*flags, '--teacher-cache', str(copy)], tmp_path / 'log')
+    training = fork_server.start([*flags, '--teacher-cache', str(copy)], tmp_path / 'log')
     deadline = time.monotonic() + 60
-    while 'student epoch 1/' not in victim.output():
-        assert time.monotonic() < deadline, victim.output()
+    while 'student epoch 1/' not in training.output():
+        assert time.monotonic() < deadline, training.output()
         time.sleep(0.02)
-    while 'error' not in victim.output() and time.monotonic() < deadline:
+    while 'error' not in training.output() and time.monotonic() < deadline:
         for view in copy.glob('epoch-*'):
             os.truncate(view, 500)
-    assert victim.wait() == [1], victim.output()
-    assert 'safetensors: is cut off or damaged (500 bytes, ' in victim.output()
-    assert 'delete it to have it computed again' in victim.output()
+    assert training.wait() == [1], training.output()
+    assert 'safetensors: is cut off or damaged (500 bytes, ' in training.output()
+    assert 'delete it to have it computed again' in training.output()
 
 
 def test_a_damaged_row_of_a_complete_cache_is_an_error_that_says_what_to_do(filled, tmp_path, capsys):

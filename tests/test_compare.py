@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ from timm_rld.compare import compare, markdown, summarize
 from timm_rld.config import Config, parse_args
 from timm_rld.errors import Stopped, UserError
 from timm_rld.runs import claim, parse_variant, reference_of
+
+pytestmark = pytest.mark.usefixtures('forked_python')
 
 
 def rows(**top1: list[float]) -> list[dict]:
@@ -207,17 +211,17 @@ def test_a_launcher_that_is_no_program_is_refused_before_anything_is_written(tmp
 
 def test_a_folder_in_which_a_comparison_goes_on_is_refused_to_another(tmp_path):
     code = (
-        'import sys, time; from pathlib import Path; from timm_rld.config import Config; '
+        'import os, sys, time; from pathlib import Path; from timm_rld.config import Config; '
         'from timm_rld.runs import claim; '
-        "claim(Path(sys.argv[1]), Config(), 'a comparison'); print('claimed', flush=True); time.sleep(99)"
+        "claim(Path(sys.argv[1]), Config(), 'a comparison'); print(os.getpid(), flush=True); time.sleep(99)"
     )
     other = subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'out')], stdout=subprocess.PIPE, text=True)
+    pid = int(other.stdout.readline())
     try:
-        assert other.stdout.readline() == 'claimed\n'
-        with pytest.raises(UserError, match=f'out: in use by process {other.pid} on'):
+        with pytest.raises(UserError, match=f'out: in use by process {pid} on'):
             claim(tmp_path / 'out', Config(), 'a comparison')
     finally:
-        other.kill()
+        os.kill(pid, signal.SIGKILL)
         other.wait()
     claim(tmp_path / 'out', Config(), 'a comparison')
 

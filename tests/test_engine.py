@@ -24,6 +24,7 @@ from timm_rld.errors import SampleError, UsageError, UserError
 from timm_rld.loss import CRITERIA
 from train_distill import main
 
+pytestmark = pytest.mark.usefixtures('forked_python')
 ROOT = Path(__file__).parent.parent
 
 

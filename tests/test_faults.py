@@ -136,25 +136,25 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_stays_whole(flags, tmp_p
         ('4m', '/student', 'continues'),  # the only checkpoint takes 3 MB, the student 1.5
     ],
 )
-def test_a_full_disk_is_named_with_the_fix(stable, flags, tmp_path, size, what, then):
+def test_a_full_disk_is_named_with_the_fix(fork_server, flags, tmp_path, size, what, then):
     disk = tmp_path / 'disk'
     disk.mkdir()
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', disk], capture_output=True).returncode:
         pytest.skip('may not mount')
     try:
         flags = [*flags, '--epochs', '1']
-        victim = stable.start([*flags, '--output', str(disk)], tmp_path / 'log')
-        assert victim.wait() == [1]
+        training = fork_server.start([*flags, '--output', str(disk)], tmp_path / 'log')
+        assert training.wait() == [1]
         said = f'{disk}/run{what} cannot be written (No space left on device); '
         said += (
             f'free some space, then accelerate launch train_distill.py --resume {disk}/run {then}'
             if what
             else 'give another --output'
         )
-        assert victim.output().count('error: ') == 1 and said in victim.output().splitlines()[-1]
+        assert training.output().count('error: ') == 1 and said in training.output().splitlines()[-1]
         subprocess.run(['mount', '-o', 'remount,size=64m', disk], check=True)
-        stable.run([*flags, '--output', str(disk), '--resume', 'auto'], tmp_path / 'log')
-        stable.run([*flags, '--experiment', 'whole'], tmp_path / 'log')
+        fork_server.run([*flags, '--output', str(disk), '--resume', 'auto'], tmp_path / 'log')
+        fork_server.run([*flags, '--experiment', 'whole'], tmp_path / 'log')
         a, b = ((run / 'student' / 'model.safetensors').read_bytes() for run in (disk / 'run', tmp_path / 'whole'))
         assert a == b
     finally:
@@ -224,35 +224,35 @@ def test_an_unreadable_image_is_named_or_replaced_and_listed(flags, broken, tmp_
     assert a == b
 
 
-def test_a_killed_worker_is_an_error_and_not_a_hang(stable, flags, tmp_path):
-    victim = stable.start([*flags, '--workers', '1', '--epochs', '500'], tmp_path / 'log')
+def test_a_killed_worker_is_an_error_and_not_a_hang(fork_server, flags, tmp_path):
+    training = fork_server.start([*flags, '--workers', '1', '--epochs', '500'], tmp_path / 'log')
     deadline = time.monotonic() + 60
-    while 'student epoch 1/' not in victim.output():
+    while 'student epoch 1/' not in training.output():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    children = psutil.Process(victim.pids[0]).children()
+    children = psutil.Process(training.pids[0]).children()
     assert len(children) >= 2  # of the training and of the validation loader
     started = time.monotonic()
     for child in children:
         child.send_signal(signal.SIGKILL)
-    assert victim.wait() == [1]
+    assert training.wait() == [1]
     assert time.monotonic() - started < 60
-    assert 'A loader worker was killed' in victim.output() and '--workers' in victim.output()
+    assert 'A loader worker was killed' in training.output() and '--workers' in training.output()
 
 
-def test_a_folder_in_use_by_a_live_run_is_refused_and_free_once_it_is_killed(stable, flags, tmp_path):
-    victim = stable.start([*flags, '--epochs', '500'], tmp_path / 'log')
+def test_a_folder_in_use_by_a_live_run_is_refused_and_free_once_it_is_killed(fork_server, flags, tmp_path):
+    training = fork_server.start([*flags, '--epochs', '500'], tmp_path / 'log')
     deadline = time.monotonic() + 60
-    while 'student epoch 1/' not in victim.output():
+    while 'student epoch 1/' not in training.output():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     for extra in ([], ['--resume', 'auto']):
-        second = stable.start([*flags, '--epochs', '500', *extra], tmp_path / 'second')
+        second = fork_server.start([*flags, '--epochs', '500', *extra], tmp_path / 'second')
         assert second.wait() == [1]
-    assert second.output().count(f'{tmp_path / "run"}: in use by process {victim.pids[0]} on ') == 2
-    victim.signal(signal.SIGKILL)
-    victim.wait()
-    third = stable.start([*flags, '--epochs', '500', '--resume', 'auto'], tmp_path / 'third')
+    assert second.output().count(f'{tmp_path / "run"}: in use by process {training.pids[0]} on ') == 2
+    training.signal(signal.SIGKILL)
+    training.wait()
+    third = fork_server.start([*flags, '--epochs', '500', '--resume', 'auto'], tmp_path / 'third')
     deadline = time.monotonic() + 60
     while 'student: resuming in epoch' not in third.output():
         assert time.monotonic() < deadline, third.output()

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fork_server import kill_until_done
 from PIL import Image
 from test_resume import wait_for
 from torch import nn
-from victims import kill_until_done
 
 from timm_rld import Generator, Teacher, create_distill_loss
 from timm_rld.config import parse_args, resolve
@@ -194,12 +194,12 @@ def test_a_step_has_the_gradient_of_the_loss_on_generated_images(answers):
 
 
 @pytest.fixture(scope='module')
-def whole(folder, trained_teacher, stable, tmp_path_factory) -> tuple[Path, list[str], str]:
+def whole(folder, trained_teacher, fork_server, tmp_path_factory) -> tuple[Path, list[str], str]:
     """A finished run, its flags, and what it printed."""
     output = tmp_path_factory.mktemp('mekd')
     argv = flags_of(folder, trained_teacher, output)
-    victim = stable.run([*argv, '--experiment', 'whole'], output / 'log')
-    return output / 'whole', argv, victim.output()
+    training = fork_server.run([*argv, '--experiment', 'whole'], output / 'log')
+    return output / 'whole', argv, training.output()
 
 
 def test_a_run_leaves_a_generator_its_figures_and_pictures(whole):
@@ -246,7 +246,7 @@ def test_the_benchmark_of_a_step_knows_both_phases(capsys):
 
 
 @pytest.mark.slow
-def test_without_labels_the_run_is_the_same(stable, whole, folder, tmp_path):
+def test_without_labels_the_run_is_the_same(fork_server, whole, folder, tmp_path):
     """Neither phase reads a label: with all training images in one class both networks come out the same."""
     run, argv, _ = whole
     images = tmp_path / 'images'
@@ -258,26 +258,26 @@ def test_without_labels_the_run_is_the_same(stable, whole, folder, tmp_path):
         shutil.copy(folder / 'train' / name, place)
     argv = [str(images) if x == str(folder) else x for x in argv]
     argv[argv.index('--output') + 1] = str(tmp_path)
-    stable.run([*argv, '--experiment', 'run'], tmp_path / 'log')
+    fork_server.run([*argv, '--experiment', 'run'], tmp_path / 'log')
     assert digests(tmp_path / 'run') == digests(run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
-def test_a_run_that_is_stopped_in_both_phases_ends_as_the_one_that_was_not(stable, whole, tmp_path, processes):
+def test_a_run_that_is_stopped_in_both_phases_ends_as_the_one_that_was_not(fork_server, whole, tmp_path, processes):
     _, argv, _ = whole
     argv = [*argv, '--output', str(tmp_path), '--generator-epochs', '5', '--epochs', '5', '--steps-per-epoch', '2',
             '--batch-size', str(8 // processes), '--log-interval', '1']  # fmt: skip
-    stable.run([*argv, '--experiment', 'whole'], tmp_path / 'whole.log', processes)
+    fork_server.run([*argv, '--experiment', 'whole'], tmp_path / 'whole.log', processes)
     argv = [*argv, '--experiment', 'stopped', '--resume', 'auto']
     for phase, before in (('generator', ''), ('student', 'generator')):
-        victim = stable.start(argv, tmp_path / f'{phase}.log', processes)
-        wait_for(lambda v=victim, p=phase: f'{p} epoch 1/' in v.output())
-        victim.signal(signal.SIGTERM)
-        assert victim.wait() == [143] * processes, victim.output()
-        assert 'stopped by SIGTERM in epoch' in victim.output() and f'of the {phase}' in victim.output()
-        assert f'{before}: resuming in epoch' in victim.output() or not before
-    again = stable.run(argv, tmp_path / 'again.log', processes)
+        training = fork_server.start(argv, tmp_path / f'{phase}.log', processes)
+        wait_for(lambda v=training, p=phase: f'{p} epoch 1/' in v.output())
+        training.signal(signal.SIGTERM)
+        assert training.wait() == [143] * processes, training.output()
+        assert 'stopped by SIGTERM in epoch' in training.output() and f'of the {phase}' in training.output()
+        assert f'{before}: resuming in epoch' in training.output() or not before
+    again = fork_server.run(argv, tmp_path / 'again.log', processes)
     assert 'student: resuming in epoch' in again.output() and 'generator epoch' not in again.output()
     assert digests(tmp_path / 'stopped') == digests(tmp_path / 'whole')
     for file in ('generator.csv', 'summary.csv'):
@@ -285,7 +285,7 @@ def test_a_run_that_is_stopped_in_both_phases_ends_as_the_one_that_was_not(stabl
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(stable, whole, tmp_path):
+def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(fork_server, whole, tmp_path):
     run, argv, _ = whole
     argv = [
         *argv,
@@ -298,17 +298,17 @@ def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(stable, who
         '--resume',
         'auto',
     ]
-    assert kill_until_done(stable, argv, tmp_path / 'log', random.Random(5), 4.0, 3) >= 1
+    assert kill_until_done(fork_server, argv, tmp_path / 'log', random.Random(5), 4.0, 3) >= 1
     assert digests(tmp_path / 'killed') == digests(run)
     for file in ('generator.csv', 'summary.csv'):
         assert rows_of(tmp_path / 'killed' / file) == rows_of(run / file)
 
 
 @pytest.mark.slow
-def test_two_processes_train_both_networks_as_one(stable, whole, tmp_path):
+def test_two_processes_train_both_networks_as_one(fork_server, whole, tmp_path):
     run, argv, _ = whole
     argv = [*argv, '--output', str(tmp_path), '--experiment', 'two', '--batch-size', '4', '--lr', '0.01']
-    stable.run(argv, tmp_path / 'log', 2)
+    fork_server.run(argv, tmp_path / 'log', 2)
     for file, rel in (('generator.csv', 1e-5), ('summary.csv', 2e-4)):
         for one, two in zip(rows_of(run / file), rows_of(tmp_path / 'two' / file), strict=True):
             for key, value in one.items():

@@ -557,12 +557,12 @@ def outcome(run: Path) -> tuple[bytes, list[dict[str, str]]]:
 
 
 @pytest.mark.slow
-def test_a_poisoned_run_is_the_same_with_workers_a_cache_and_from_any_checkpoint(stable, flags, tmp_path):
+def test_a_poisoned_run_is_the_same_with_workers_a_cache_and_from_any_checkpoint(fork_server, flags, tmp_path):
     cache = ['--teacher-cache', str(tmp_path / 'cache'), '--teacher-cache-dtype', 'float32']
     clean = [f for f in flags if f not in ('--poison', 'random', '--poison-fraction', '0.5')]
-    stable.run([*flags, 'whole'], tmp_path / 'log')
-    stable.run([*clean, 'clean', *cache], tmp_path / 'log')
-    stable.run([*flags, 'cached', *cache, '--workers', '2'], tmp_path / 'cached.log')
+    fork_server.run([*flags, 'whole'], tmp_path / 'log')
+    fork_server.run([*clean, 'clean', *cache], tmp_path / 'log')
+    fork_server.run([*flags, 'cached', *cache, '--workers', '2'], tmp_path / 'cached.log')
     assert 'complete' in (tmp_path / 'cached.log').read_text(), 'with the logits of the clean run'
     assert outcome(tmp_path / 'cached') == outcome(tmp_path / 'whole')
     assert outcome(tmp_path / 'clean')[0] != outcome(tmp_path / 'whole')[0]
@@ -571,15 +571,15 @@ def test_a_poisoned_run_is_the_same_with_workers_a_cache_and_from_any_checkpoint
     for name in (names[0], names[len(names) // 2]):
         shutil.copytree(tmp_path / 'whole', tmp_path / name)
         (tmp_path / name / 'results.json').unlink()
-        stable.run(['--resume', str(tmp_path / name / 'checkpoints' / name)], tmp_path / 'log')
+        fork_server.run(['--resume', str(tmp_path / name / 'checkpoints' / name)], tmp_path / 'log')
         assert outcome(tmp_path / name) == outcome(tmp_path / 'whole')
 
 
 @pytest.mark.slow
-def test_two_processes_see_the_poisoned_images_that_one_sees(stable, flags, tmp_path):
+def test_two_processes_see_the_poisoned_images_that_one_sees(fork_server, flags, tmp_path):
     flags = [f if f != 'test_resnet' else 'test_vit' for f in flags]  # no batch norm, whose statistics would differ
-    stable.run([*flags, 'one'], tmp_path / 'log')
-    stable.run([*flags, 'two', '--batch-size', '4'], tmp_path / 'log', 2)
+    fork_server.run([*flags, 'one'], tmp_path / 'log')
+    fork_server.run([*flags, 'two', '--batch-size', '4'], tmp_path / 'log', 2)
     (one, rows), (two, others) = (outcome(tmp_path / name) for name in ('one', 'two'))
     assert [r['train_poisoned'] for r in rows] == [r['train_poisoned'] for r in others]
     for row, other in zip(rows, others):

@@ -22,6 +22,7 @@ from timm_rld.report import write_report
 from timm_rld.run_folder import read_run
 from timm_rld.runs import parse_variant
 
+pytestmark = pytest.mark.usefixtures('forked_python')
 CRITERIA = [parse_variant(name) for name in ('none', 'kd', 'rld:beta=2')]
 
 

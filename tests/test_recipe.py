@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from train_distill import main
 
+pytestmark = pytest.mark.usefixtures('forked_python')
 ROOT = Path(__file__).parent.parent
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import kill_until_done
 from safetensors.torch import load_file, save_file
-from victims import kill_until_done
 
 from timm_rld.engine.checkpoint import Checkpoint, Checkpoints, Damaged, Position, read_checkpoint
 from timm_rld.errors import UserError
@@ -85,85 +85,85 @@ def log_of(run: Path) -> list[dict[str, str]]:
     ],
     ids=['plain', 'workers-accum', 'bn-adamw-ctkd', 'two-bn', 'two-accum-workers'],
 )  # fmt: skip
-def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(stable, flags, tmp_path, processes, extra):
+def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(fork_server, flags, tmp_path, processes, extra):
     started = time.monotonic()
     whole, killed = ([*flags, *extra, '--experiment', name] for name in ('whole', 'killed'))
-    stable.run(whole, tmp_path / 'whole.log', processes)
+    fork_server.run(whole, tmp_path / 'whole.log', processes)
     longest = time.monotonic() - started
-    kills = kill_until_done(stable, killed, tmp_path / 'killed.log', random.Random(7), longest, 3, processes)
+    kills = kill_until_done(fork_server, killed, tmp_path / 'killed.log', random.Random(7), longest, 3, processes)
     assert kills >= 1
     assert weights(tmp_path / 'killed') == weights(tmp_path / 'whole')
     assert log_of(tmp_path / 'killed') == log_of(tmp_path / 'whole')
 
 
-def test_a_run_goes_on_from_an_early_a_middle_and_a_late_checkpoint_to_the_same_end(stable, flags, tmp_path):
+def test_a_run_goes_on_from_an_early_a_middle_and_a_late_checkpoint_to_the_same_end(fork_server, flags, tmp_path):
     flags = [*flags, '--checkpoint-hist', '100', '--experiment']
-    stable.run([*flags, 'whole'], tmp_path / 'log')
+    fork_server.run([*flags, 'whole'], tmp_path / 'log')
     names = Checkpoints(tmp_path / 'whole' / 'checkpoints').names()
     assert sum('batch' in name for name in names) == 18 - 3  # six steps an epoch, the last of which is the epoch's end
     for name in (names[0], names[7], names[-2]):
         shutil.copytree(tmp_path / 'whole', tmp_path / name)
         (tmp_path / name / 'results.json').unlink()
         checkpoint = tmp_path / name / 'checkpoints' / name
-        victim = stable.run(['--resume', str(checkpoint)], tmp_path / f'{name}.log')
-        assert 'student: resuming in epoch' in victim.output()
+        training = fork_server.run(['--resume', str(checkpoint)], tmp_path / f'{name}.log')
+        assert 'student: resuming in epoch' in training.output()
         assert weights(tmp_path / name) == weights(tmp_path / 'whole')
         shutil.rmtree(tmp_path / name)
 
 
-def test_a_trained_teacher_is_used_and_not_trained_again(stable, flags, tmp_path, folder):
+def test_a_trained_teacher_is_used_and_not_trained_again(fork_server, flags, tmp_path, folder):
     flags = [*flags, '--teacher', 'test_resnet', '--teacher-epochs', '2', '--no-teacher-pretrained', '--experiment']
-    stable.run([*flags, 'whole'], tmp_path / 'log')
-    kill_until_done(stable, [*flags, 'killed'], tmp_path / 'killed.log', random.Random(3), 1.5, 4)
+    fork_server.run([*flags, 'whole'], tmp_path / 'log')
+    kill_until_done(fork_server, [*flags, 'killed'], tmp_path / 'killed.log', random.Random(3), 1.5, 4)
     assert weights(tmp_path / 'killed') == weights(tmp_path / 'whole')
     killed, whole = (tmp_path / run / 'teacher' / 'model.safetensors' for run in ('killed', 'whole'))
     assert killed.read_bytes() == whole.read_bytes()
     (tmp_path / 'whole' / 'results.json').unlink()
-    again = stable.run([*flags, 'whole'], tmp_path / 'again.log')
+    again = fork_server.run([*flags, 'whole'], tmp_path / 'again.log')
     assert 'teacher epoch' not in again.output()
 
 
 @pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
-    stable, flags, tmp_path, number, code, processes
+    fork_server, flags, tmp_path, number, code, processes
 ):
     flags = [*flags, '--checkpoint-interval', 'epoch', '--epochs', '40', '--workers', '1', '--experiment', 'run']
-    victim = stable.start(flags, tmp_path / 'log', processes)
-    wait_for(lambda: 'student epoch 2/40' in victim.output())
+    training = fork_server.start(flags, tmp_path / 'log', processes)
+    wait_for(lambda: 'student epoch 2/40' in training.output())
     started = time.monotonic()
     if processes == 1:
-        os.killpg(victim.pids[0], number)  # the whole group, as Ctrl-C and Slurm do
+        os.killpg(training.pids[0], number)  # the whole group, as Ctrl-C and Slurm do
     else:
-        os.kill(victim.pids[1], number)  # one of them alone
-    assert victim.wait() == [code] * processes, victim.output()
+        os.kill(training.pids[1], number)  # one of them alone
+    assert training.wait() == [code] * processes, training.output()
     assert time.monotonic() - started < 60
-    assert f'stopped by {number.name} in epoch' in victim.output()
-    assert f'--resume {tmp_path / "run"} continues' in victim.output()
+    assert f'stopped by {number.name} in epoch' in training.output()
+    assert f'--resume {tmp_path / "run"} continues' in training.output()
     newest = Checkpoints(tmp_path / 'run' / 'checkpoints').newest('student')
-    assert newest.position.updates >= 12 // processes and 'Traceback' not in victim.output()
+    assert newest.position.updates >= 12 // processes and 'Traceback' not in training.output()
 
 
-def test_a_streamed_run_goes_on_from_the_end_of_an_epoch_and_says_so(stable, flags, tmp_path, parquet):
+def test_a_streamed_run_goes_on_from_the_end_of_an_epoch_and_says_so(fork_server, flags, tmp_path, parquet):
     at = flags.index('--data-dir')
     stream = [*flags[:at], '--dataset', f'hfids/{parquet}', '--input-key', 'img', '--target-key', 'fine_label',
               '--val-split', 'test', '--train-num-samples', '41', '--val-num-samples', '20', '--num-classes', '3',
               *flags[at + 2 :], '--batch-size', '2', '--mixup', '0', '--experiment']  # fmt: skip
-    stable.run([*stream, 'whole'], tmp_path / 'whole.log')
-    victim = stable.start([*stream, 'stopped', '--log-interval', '1'], tmp_path / 'log')
-    wait_for(lambda: 'student epoch 2/3 [3/' in victim.output())
-    victim.signal(signal.SIGTERM)
-    assert victim.wait() == [143]
-    assert 'continues from the end of the epoch before' in victim.output()
+    fork_server.run([*stream, 'whole'], tmp_path / 'whole.log')
+    training = fork_server.start([*stream, 'stopped', '--log-interval', '1'], tmp_path / 'log')
+    wait_for(lambda: 'student epoch 2/3 [3/' in training.output())
+    training.signal(signal.SIGTERM)
+    assert training.wait() == [143]
+    assert 'continues from the end of the epoch before' in training.output()
     assert Checkpoints(tmp_path / 'stopped' / 'checkpoints').names() == ['student-epoch0001-end']
-    stable.run([*stream, 'stopped'], tmp_path / 'again.log')
+    fork_server.run([*stream, 'stopped'], tmp_path / 'again.log')
     assert weights(tmp_path / 'stopped') == weights(tmp_path / 'whole')
 
 
-def test_a_loss_that_is_not_finite_on_two_processes_is_said_once(stable, flags, tmp_path):
-    victim = stable.start([*flags, '--lr', '1e30', '--experiment', 'run'], tmp_path / 'log', processes=2)
-    assert victim.wait() == [1, 1]
-    assert victim.output().count('try a lower --lr') == 1 and 'samples ' in victim.output()
+def test_a_loss_that_is_not_finite_on_two_processes_is_said_once(fork_server, flags, tmp_path):
+    training = fork_server.start([*flags, '--lr', '1e30', '--experiment', 'run'], tmp_path / 'log', processes=2)
+    assert training.wait() == [1, 1]
+    assert training.output().count('try a lower --lr') == 1 and 'samples ' in training.output()
 
 
 def wait_for(condition, seconds: float = 60) -> None:

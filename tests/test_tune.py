@@ -25,6 +25,7 @@ from timm_rld.tune.candidates import SHARED, Candidate, choose, defaults, knobs_
 from timm_rld.tune.plan import Clock, Rung, parse_budget, plan
 from timm_rld.tune.report import summarize
 
+pytestmark = pytest.mark.usefixtures('forked_python')
 WHOLE = Config(teacher='resnet34', student='resnet18', data_dir='.', epochs=100)
 
 

@@ -72,9 +72,9 @@ def test_shards_are_trained_on_and_a_run_on_them_repeats_and_resumes_to_the_same
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_shards(stable, argv, tmp_path):
+def test_two_processes_train_on_shards(fork_server, argv, tmp_path):
     argv = [*argv, '--workers', '1', '--epochs', '1', '--experiment', 'two']
-    said = stable.run(argv, tmp_path / 'log', processes=2).output()
+    said = fork_server.run(argv, tmp_path / 'log', processes=2).output()
     assert 'student epoch 1/1' in said and student(tmp_path / 'two')
     assert len((tmp_path / 'two' / 'summary.csv').read_text().splitlines()) == 2
 
