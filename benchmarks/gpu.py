@@ -187,14 +187,12 @@ def step(args: argparse.Namespace, tell: Tell, *, compiled: bool = False, search
 
 def loss(args: argparse.Namespace, tell: Tell) -> None:
     """Time and memory of criteria beside kd."""
-    from timm_rld.bench.loss import bench_loss
+    from timm_rld.bench.loss import MODES, bench_loss
 
     s = sizes_of(args)
-    for compiled in (False, True):  # first what needs no compiler
-        mode = 'compiled' if compiled else 'eager'
+    for mode in MODES:  # first what needs no compiler
         names = ['rld', 'dkd', 'la']
-        rows = bench_loss(names, [s.loss_shape], compiled=compiled, repeats=s.loss_repeats, device=args.device)
-        for row in (r for r in rows if r['mode'] == mode):
+        for row in bench_loss(names, [s.loss_shape], modes=[mode], repeats=s.loss_repeats, device=args.device):
             what = f'{row["name"]} / kd, {row["shape"]} {mode}'
             target = '<= 1.5' if row['name'] == 'rld' else None
             tell(what, row['of_kd'], target=target, note=f'{row["ms"]:.3g} ms, {row["mib"]:.3g} MiB')

@@ -5,7 +5,8 @@
 # the milestones of the recipe are scaled with it. The seeds run side by side, since networks this small leave a GPU
 # mostly idle. After an interruption the same command continues: give what is left over ten minutes to `timeout`, as in
 #   timeout -s TERM 580 benchmarks/gpu_evidence.sh DATA OUTPUT; timeout -s TERM 580 benchmarks/gpu_evidence.sh DATA OUTPUT
-# OUTPUT/runs gets compare.md, compare.json and the runs. CRITERIA, SEEDS and MIXED_PRECISION may be set.
+# OUTPUT/runs gets compare.md, compare.json and links to the runs, which are in OUTPUT/seed-N. CRITERIA, SEEDS and
+# MIXED_PRECISION may be set.
 set -euo pipefail
 usage='usage: benchmarks/gpu_evidence.sh DATA OUTPUT [EPOCHS] [flags of train_distill.py]'
 data=${1:?$usage}
@@ -26,8 +27,10 @@ mkdir -p "$output"
 
 # as in the recipe, at 0.65, 0.78 and 0.9 of the epochs; its ramp of 5 of 60
 milestones=($((epochs * 65 / 100)) $((epochs * 78 / 100)) $((epochs * 9 / 10)))
-compare() { # in the place of a shell, so that a signal reaches it
-  exec "$python" -m timm_rld compare --output "$output/runs" --config "$root/configs/tiny100/resnet32x4_resnet8x4.yaml" \
+compare() { # FOLDER [flags]; in the place of a shell, so that a signal reaches it
+  local folder=$1
+  shift
+  exec "$python" -m timm_rld compare --output "$folder" --config "$root/configs/tiny100/resnet32x4_resnet8x4.yaml" \
     --dataset "hfds/$data" --mixed-precision "${MIXED_PRECISION:-bf16}" --teacher-cache "$output/cache" \
     --epochs "$epochs" --teacher-epochs "$epochs" --decay-milestones "${milestones[@]}" --no-speed "${flags[@]}" "$@"
 }
@@ -47,17 +50,30 @@ start() {
 # the teacher alone is trained first, by the first seed's comparison, as all share it
 first=${seeds[0]}
 if [[ ! -e $output/runs/teacher/results.json ]]; then
-  start --seeds "$first" --criteria "${criteria[0]}"
+  start "$output/runs" --seeds "$first" --criteria "${criteria[0]}"
   wait "${children[0]}"
   children=()
 fi
-for seed in "${seeds[@]}"; do
-  start --seeds "$seed" --criteria "${criteria[@]}" >"$output/seed-$seed.log" 2>&1
+for seed in "${seeds[@]}"; do # each in a folder of its own, since a comparison locks its folder
+  folder=$output/seed-$seed
+  if [[ ! -e $folder/settings.yaml ]]; then
+    rm -rf "$folder"
+    mkdir "$folder"
+    cp -r "$output/runs/teacher" "$folder"
+    cp "$output/runs/settings.yaml" "$folder"
+  fi
+  start "$folder" --seeds "$seed" --criteria "${criteria[@]}" >"$output/seed-$seed.log" 2>&1
 done
 failed=0
 for child in "${children[@]}"; do wait "$child" || failed=1; done
 [[ $failed = 0 ]] || tail -n 3 "$output"/seed-*.log >&2
+for run in "$output"/seed-*/*-seed*; do
+  name=${run##*/}
+  if [[ -e $run/results.json && ! -e $output/runs/$name ]]; then
+    ln -s "../$(basename "$(dirname "$run")")/$name" "$output/runs/$name"
+  fi
+done
 # all of it: no run is repeated but those that failed
 children=()
-start --seeds "${seeds[@]}" --criteria "${criteria[@]}"
+start "$output/runs" --seeds "${seeds[@]}" --criteria "${criteria[@]}"
 wait "${children[0]}"

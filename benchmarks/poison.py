@@ -7,6 +7,7 @@ python benchmarks/poison.py out --output poison.png [--mean-field]
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -168,7 +169,7 @@ def draw(found: dict[str, Any], predicted: dict[tuple[str, str], list[float]], f
             if none is not None:
                 axes.axhline(none['top1'], color='#555555', linestyle=(0, (4, 3)), linewidth=1.1, label='none')
             criteria = [c for c in names_of(cells, 'criterion') if c != 'none']
-            for colour, marker, criterion in zip(COLOURS, 'osD^vP', criteria):
+            for colour, marker, criterion in zip(itertools.cycle(COLOURS), itertools.cycle('osD^vP'), criteria):
                 points = curve(cells, criterion, attack)
                 x, y = [p['fraction'] for p in points], [p['top1'] for p in points]
                 axes.plot(x, y, color=colour, marker=marker, label=criterion)
@@ -198,7 +199,8 @@ def run(args: argparse.Namespace) -> str:
         cells = found['poison']
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f'{folder}: not a comparison under attack (`timm-rld compare --poison …`)') from e
-    fractions = [i / 10 for i in range(11)] if args.mean_field else []
+    measured = {cell['fraction'] for cell in cells}
+    fractions = sorted({i / 10 for i in range(11)} | measured) if args.mean_field else []
     predicted = predict(folder, found, fractions) if args.mean_field else {}
     draw(found, predicted, fractions).savefig(args.output, dpi=110, metadata={'Software': None})
     rows = []
@@ -208,7 +210,7 @@ def run(args: argparse.Namespace) -> str:
                 row = {'attack': attack, 'criterion': criterion, 'fraction': cell['fraction'], 'top-1': cell['top1']}
                 if args.mean_field:
                     of_field = predicted.get((criterion, attack))
-                    row['mean field'] = of_field[round(10 * cell['fraction'])] if of_field else ''
+                    row['mean field'] = of_field[fractions.index(cell['fraction'])] if of_field else ''
                 rows.append(row)
     return markdown(rows)
 

@@ -32,6 +32,7 @@ from timm_rld.runs import (
     mean_std,
     paired_difference,
     parse_variant,
+    reference_of,
     run_training,
     same_held_out,
     slug,
@@ -169,7 +170,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, list[Row]]:
     names = list(dict.fromkeys(r['criterion'] for r in rows if r['criterion'] != 'none'))
     top1 = {(r['teacher_epochs'], r['criterion'], r['seed']): r['top1'] for r in rows}
     seeds = list(dict.fromkeys(r['seed'] for r in rows))
-    rld = next((n for n in names if n.partition(':')[0] == 'rld'), None)
+    rld = reference_of(names)
 
     def difference(n: int, a: str, m: int | None, b: str) -> list[tuple[int, float]]:
         keys = ((s, (n, a, s), (m, b, s)) for s in seeds)
@@ -200,8 +201,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the table of a study, and how the lead of RLD changes with the teacher."""
-    names = {p['criterion'] for p in found['points']}
-    rld = next((n for n in names if n.partition(':')[0] == 'rld'), 'RLD')
+    rld = reference_of([p['criterion'] for p in found['points']]) or 'RLD'
     none = mean_std([r['top1'] for r in found['runs'] if r['criterion'] == 'none'])
     lines = [
         f'{found["teacher"]} → {found["student"]}, {found["epochs"]} epochs, seeds {" ".join(map(str, found["seeds"]))}'

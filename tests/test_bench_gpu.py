@@ -23,6 +23,7 @@ from timm_rld.bench.measure import Profiled, idle_share
 from timm_rld.compare import _check
 from timm_rld.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('forked_python')
 ROOT = Path(__file__).parent.parent
 
 
@@ -213,14 +214,14 @@ def fake_python(tmp_path):
     program.write_text(
         textwrap.dedent(f"""\
         #!{sys.executable}
-        import json, os, sys
+        import json, os, sys, time
         with open({str(tmp_path / 'calls.jsonl')!r}, 'a') as f:
             f.write(json.dumps([sys.argv[1:], os.environ['PYTHONPATH']]) + '\\n')
         if '--wheels' in sys.argv:
             print(os.environ.get('FAKE_WHEELS', ''), end='')
         if 'compare' in sys.argv:
             if 'FAKE_SLEEP' in os.environ:
-                import signal, time
+                import signal
                 def told(*_):
                     with open({str(tmp_path / 'told')!r}, 'a') as f:
                         f.write('x')
@@ -228,9 +229,16 @@ def fake_python(tmp_path):
                 signal.signal(signal.SIGTERM, told)
                 open({str(tmp_path / 'started')!r}, 'w').close()
                 time.sleep(60)
-            folder = sys.argv[sys.argv.index('--output') + 1] + '/teacher'
-            os.makedirs(folder, exist_ok=True)
-            open(folder + '/results.json', 'w').close()
+            output = sys.argv[sys.argv.index('--output') + 1]
+            os.makedirs(output, exist_ok=True)
+            os.mkdir(output + '/.lock')
+            open(output + '/settings.yaml', 'w').close()
+            seeds = sys.argv[sys.argv.index('--seeds') + 1:sys.argv.index('--criteria')]
+            for name in ('teacher', *(f'none-seed{{seed}}' for seed in seeds)):
+                os.makedirs(output + '/' + name, exist_ok=True)
+                open(output + f'/{{name}}/results.json', 'w').close()
+            time.sleep(0.3)
+            os.rmdir(output + '/.lock')
         sys.exit(int(os.environ.get('FAKE_CODE', 0)) if 'gpu_packages.py' in sys.argv[1] else 0)
     """)
     )
@@ -272,6 +280,8 @@ def test_the_comparison_trains_the_teacher_first_then_the_seeds_side_by_side(fak
         assert (config.epochs, config.teacher_epochs, config.mixed_precision) == (60, 60, 'bf16')
     assert seeds[0] == [0] and sorted(seeds[1:4]) == [[0], [1], [2]] and seeds[4] == [0, 1, 2]
     assert calls[0][0][-1] == 'none' and calls[-1][0][-5:] == ['none', 'kd', 'dkd', 'rld', 'rld:standardize=true']
+    runs = tmp_path / 'out' / 'runs'
+    assert all((runs / f'none-seed{n}').is_symlink() and (runs / f'none-seed{n}/results.json').exists() for n in (1, 2))
     again = fake_python('gpu_evidence.sh', 'DATA', str(tmp_path / 'out'), SEEDS='4', CRITERIA='kd rld')
     assert [argv[argv.index('--seeds') + 1 :] for argv, _ in again] == [['4', '--criteria', 'kd', 'rld']] * 2
     assert fake_python('gpu_evidence.sh', 'DATA', str(tmp_path / 'out'), '6x', code=2) == []

@@ -30,6 +30,7 @@ from timm_rld.loss import CRITERIA
 from timm_rld.pairing import QueryError, Teacher, close_teacher, hard_rows, load_query, soft_rows
 from train_distill import main
 
+pytestmark = pytest.mark.usefixtures('forked_python')
 ROOT = Path(__file__).parent.parent
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'black_box.json').read_text(encoding='utf-8'))
 SOFT = [name for name, row in CRITERIA.items() if row.plain and 'soft' in row.answers]
@@ -117,6 +118,12 @@ def test_a_closed_teacher_shows_nothing_of_its_network():
         assert not list(closed.parameters()) and not closed.state_dict() and list(closed.modules()) == [closed]
         assert not any(isinstance(value, nn.Module) for value in vars(closed).values())
         assert not hasattr(closed, 'model') and not hasattr(closed, 'normalize')
+
+
+def test_the_network_of_a_closed_teacher_moves_with_it():
+    network = Teacher(timm.create_model('test_resnet', num_classes=3).eval())
+    nn.ModuleList([close_teacher(network, 'soft')]).to('meta')
+    assert {t.device.type for t in (*network.parameters(), *network.buffers())} == {'meta'}
 
 
 def test_a_function_is_a_teacher_without_weights_or_a_network_of_timm(monkeypatch):
@@ -397,26 +404,26 @@ def test_a_closed_network_distils_as_the_open_one(folder, trained_teacher, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_budget_and_what_was_stopped_and_killed_ends_as_what_was_not(stable, argv, tmp_path):
+def test_two_processes_share_a_budget_and_what_was_stopped_and_killed_ends_as_what_was_not(fork_server, argv, tmp_path):
     argv = [*argv, '-b', '4', '--experiment']
     env = {'ASKED': str(tmp_path / 'asked'), 'PYTHONPATH': str(Path(__file__).parent)}
-    stable.run([*argv, 'whole'], tmp_path / 'log', processes=2, env=env)
+    fork_server.run([*argv, 'whole'], tmp_path / 'log', processes=2, env=env)
     assert images_asked(tmp_path / 'asked') == results(tmp_path / 'whole')['queries'] == 116
     (tmp_path / 'asked').unlink()
     cache = ['--teacher-cache', str(tmp_path / 'cache'), '--teacher-cache-dtype', 'float32']
     argv = [*argv, 'parts', '--resume', 'auto', '--checkpoint-interval', '2', *cache, '--max-queries']
-    victim = stable.start([*argv, '95'], tmp_path / 'log', processes=2, env=env)
-    assert victim.wait() == [1, 1] and images_asked(tmp_path / 'asked') == 92
-    assert '--max-queries: 92 are used, and the next step needs 8 more; stopped in epoch 2' in victim.output()
+    training = fork_server.start([*argv, '95'], tmp_path / 'log', processes=2, env=env)
+    assert training.wait() == [1, 1] and images_asked(tmp_path / 'asked') == 92
+    assert '--max-queries: 92 are used, and the next step needs 8 more; stopped in epoch 2' in training.output()
     calls = (tmp_path / 'asked').read_text().count('\n')
-    victim = stable.start([*argv, '1000'], tmp_path / 'log', processes=2, env={**env, 'SLOW': '0.05'})
+    training = fork_server.start([*argv, '1000'], tmp_path / 'log', processes=2, env={**env, 'SLOW': '0.05'})
     until = time.monotonic() + 240
     while (tmp_path / 'asked').read_text().count('\n') < calls + 4:  # the eight images, and a step
-        assert time.monotonic() < until, victim.output()
+        assert time.monotonic() < until, training.output()
         time.sleep(0.01)
-    victim.signal(signal.SIGKILL)
-    victim.wait()
-    stable.run([*argv, '1000'], tmp_path / 'log', processes=2, env=env)
+    training.signal(signal.SIGKILL)
+    training.wait()
+    fork_server.run([*argv, '1000'], tmp_path / 'log', processes=2, env=env)
     assert student(tmp_path / 'parts') == student(tmp_path / 'whole')
     lost = 3 * 8  # of each process what it was asking about, asked ahead, and had not written yet
     assert 116 + 2 * 8 <= images_asked(tmp_path / 'asked') <= 116 + 2 * 8 + lost
@@ -454,14 +461,14 @@ def service(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_example_is_a_teacher_that_may_die_and_come_back(service, stable, tmp_path):
+def test_the_example_is_a_teacher_that_may_die_and_come_back(service, fork_server, tmp_path):
     start, url = service
     argv = ['--teacher-query', 'examples.query_teacher.client:ask', '--student', 'cifar_resnet8', '--epochs', '1',
             '--min-teacher-acc', '0', '--workers', '0', '--cpu-threads', '1', '--no-speed', '--query-retries', '1',
             '--output', str(tmp_path), '--teacher-cache', str(tmp_path / 'cache'), '--teacher-cache-dtype', 'float32',
             '--resume', 'auto', '--experiment']  # fmt: skip
     env = {'QUERY_TEACHER_URL': url}
-    process, run = start(), stable.start([*argv, 'parts'], tmp_path / 'log', env=env)
+    process, run = start(), fork_server.start([*argv, 'parts'], tmp_path / 'log', env=env)
     count = tmp_path / 'parts' / 'queries-0.txt'
     until = time.monotonic() + 240
     while not count.exists() or int(count.read_text() or 0) < 800:  # beyond the validation images
@@ -471,12 +478,12 @@ def test_the_example_is_a_teacher_that_may_die_and_come_back(service, stable, tm
     assert run.wait() == [1], run.output()
     assert 'Connection refused' in run.output() and 'attempt 2 of 2' in run.output()
     start()
-    stable.run([*argv, 'parts'], tmp_path / 'log', env=env)
+    fork_server.run([*argv, 'parts'], tmp_path / 'log', env=env)
     assert 'student: resuming in epoch 1' in run.output()
     asked = results(tmp_path / 'parts')['queries']
     assert 1437 + 360 + 24 <= asked <= 1437 + 360 + 24 + 2 * 64
     shutil.rmtree(tmp_path / 'cache')
-    stable.run([*argv, 'whole', '--query-workers', '0'], tmp_path / 'log', env=env)
+    fork_server.run([*argv, 'whole', '--query-workers', '0'], tmp_path / 'log', env=env)
     assert student(tmp_path / 'parts') == student(tmp_path / 'whole')
 
 

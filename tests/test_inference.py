@@ -20,15 +20,19 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.data import ImageNetInfo
 
-from timm_rld import engine
+from timm_rld import engine, export_model
 from timm_rld.__main__ import main as tools
 from timm_rld.distributed import create_accelerator
+from timm_rld.errors import UserError
 from timm_rld.inference.evaluate import evaluation_settings
-from timm_rld.inference.model import open_model
+from timm_rld.inference.model import open_model, output_of_each_class
+from timm_rld.pairing import look_up
 from timm_rld.run_folder import read_run
 from train_distill import main
 
+pytestmark = pytest.mark.usefixtures('forked_python')
 ROOT = Path(__file__).parent.parent
 CLASSES = ['apple', 'pear', 'plum']
 
@@ -322,6 +326,32 @@ def test_classes_are_matched_by_name_or_where_there_are_none_by_number(run, fold
     assert found['models']['student']['top1'] == expected['top1']
     assert found['models']['student']['loss'] == pytest.approx(expected['loss'], rel=1e-6)
     assert np.array_equal(table_of(tmp_path / 'out')['student_top1'], table_of(run)['student_top1'])
+
+
+def test_a_teacher_with_its_classes_in_another_order_is_matched_by_name(run, folder, trained_teacher, tmp_path):
+    teacher = with_labels(trained_teacher, tmp_path / 'model', ['plum', 'apple', 'pear'], [2, 0, 1])
+    expected = results_of(run)['models']['teacher']
+    found = evaluation([str(run), '--teacher', teacher], tmp_path / 'out')
+    assert found['models']['teacher']['top1'] == expected['top1']
+    assert found['models']['teacher']['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+
+
+def test_imagenets_classes_are_matched_by_name_and_those_of_others_are_taken_in_order():
+    info, names = look_up('resnet18', 'model'), ImageNetInfo().label_names()
+    assert output_of_each_class(info, 'm', names, 1000) is None
+    assert output_of_each_class(info, 'm', names[::-1], 1000) == list(range(999, -1, -1))
+    assert output_of_each_class(info, 'm', [f'bird{i}' for i in range(1000)], 1000) is None
+    with pytest.raises(UserError, match="m: its classes are those of ImageNet, in which 'bird' has no output"):
+        output_of_each_class(info, 'm', ['bird', *names[:-1]], 1000)
+
+
+def test_a_model_of_other_channels_is_refused(tmp_path):
+    model = timm.create_model('test_resnet', num_classes=3, in_chans=4)
+    config = dict(input_size=(4, 32, 32), mean=(0.5,) * 4, std=(1.0,) * 4, interpolation='bicubic', crop_pct=1.0,
+                  crop_mode='center')  # fmt: skip
+    folder = export_model(model, tmp_path / 'model', data_config=config)
+    with pytest.raises(UserError, match='takes images of 4 channels; those of 1 and 3 can be read'):
+        open_model(str(folder))
 
 
 def test_a_model_is_evaluated_on_a_table_of_the_hub(run, parquet, tmp_path):

@@ -330,3 +330,10 @@ def test_without_a_generator_or_with_other_answers_there_is_no_loss():
         create_distill_loss('mekd')(logits, logits)
     with pytest.raises(ValueError, match='answers must be logits, soft or hard'):
         mekd_loss(logits, logits, Generator(5, 16), answers='classes')
+
+
+def test_a_generator_of_another_precision_than_the_logits_is_asked_in_its_own():
+    logits = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = Tiny(torch.randn(3 * 16, 4).double(), torch.randn(3 * 16).double(), (3, 4, 4))
+    expected = mekd_loss(*logits, generator)
+    assert mekd_loss(*logits, generator.float()).item() == pytest.approx(expected.item(), rel=1e-5)

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 
 from timm_rld import Teacher, create_pair, create_student, create_teacher, export_model
 from timm_rld.errors import UserError
@@ -302,6 +303,15 @@ def test_the_same_classes_in_another_order_are_noticed(trained_teacher):
     assert 'in another order' in refused(name, 3, class_names=['Pear', 'apple', 'plum'])
     assert create_teacher(name, 3, class_names=CLASSES).class_map is None
     assert create_teacher(name, 3, class_names=CLASSES[::-1], class_map='auto').class_map.tolist() == [2, 1, 0]
+
+
+def test_the_order_of_imagenets_classes_is_known_of_a_teacher_that_does_not_list_them():
+    names = ImageNetInfo().label_names()
+    assert "1000 of the 1000 classes of the dataset in another order ('n15075141'" in refused(
+        'resnet18', 1000, class_names=names[::-1]
+    )
+    swapped = [names[1], names[0], *names[2:]]
+    assert '2 of the 1000 classes of the dataset in another order' in refused('resnet18', 1000, class_names=swapped)
 
 
 def test_classes_of_which_only_some_coincide_elsewhere_are_noticed_and_a_file_maps_them(trained_teacher, tmp_path):

@@ -170,3 +170,29 @@ def test_a_criterion_that_learns_hands_its_parameters_to_optimizer_and_checkpoin
     other.load_checkpoint_state(checkpoint['state_dict'], checkpoint['task_state'])
     assert other.criterion.theta.item() == 2.0
     assert DistillationTask(student, teacher, 'rld').get_task_state() == {}
+
+
+def test_networks_stay_on_their_device_where_none_is_named(student):
+    with torch.device('meta'):
+        elsewhere = timm.create_model('test_resnet', num_classes=3)
+    task = DistillationTask(elsewhere, None, None)
+    assert task.device.type == 'meta' and {p.device.type for p in elsewhere.parameters()} == {'meta'}
+    assert DistillationTask(student, None, None, device=torch.device('cpu')).device.type == 'cpu'
+
+
+def test_soft_targets_reach_a_student_with_two_heads_and_are_refused_beside_class_weights(teacher):
+    student = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=3, img_size=32, depth=1)
+    student.set_distilled_training(True)
+    soft = nn.functional.one_hot(TARGET, 3).float()
+    task = DistillationTask(student.train(), teacher, 'kd')
+    assert task(PIXELS, soft)['loss'].item() == pytest.approx(task(PIXELS, TARGET)['loss'].item(), rel=1e-6)
+    weighted = DistillationTask(student, None, None, class_weights=torch.ones(3))
+    with pytest.raises(ValueError, match='class weights need class indices'):
+        weighted(PIXELS, soft)
+
+
+def test_a_state_that_lacks_what_a_task_learns_is_refused_if_strict(student, teacher):
+    task = DistillationTask(student, teacher, 'ctkd')
+    with pytest.raises(ValueError, match="has no 'criterion'"):
+        task.load_task_state({})
+    task.load_task_state({}, strict=False)

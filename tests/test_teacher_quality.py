@@ -9,6 +9,7 @@ import pytest
 from benchmarks import teacher_quality as study
 from timm_rld.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('forked_python')
 FLAGS = ['--teacher', 'test_resnet', '--student', 'test_resnet', '--teacher-epochs', '2', '1', '--seeds', '0', '1']
 
 
@@ -83,6 +84,14 @@ def test_a_run_that_fails_is_left_out_and_named(trainings, tmp_path, capsys):
     failing.add(('none', 0, 0))
     assert study.main([*FLAGS, '--criteria', 'kd', '--output', str(tmp_path / 'two')]) == 1
     assert (tmp_path / 'two' / 'teacher_quality.md').exists()
+
+
+def test_the_lead_in_the_table_is_that_of_the_criterion_that_it_names(trainings, tmp_path):
+    argv = [*FLAGS, '--criteria', 'kd', 'rld:beta=2', 'rld:alpha=2', 'rld', '--output', str(tmp_path / 'out')]
+    assert study.main(argv) == 0
+    lines = (tmp_path / 'out' / 'teacher_quality.md').read_text().splitlines()
+    assert '| rld minus this |' in lines[2]
+    assert [line.split(' | ')[-2] for line in lines[4:] if '`rld`' in line] == ['', '']
 
 
 def test_one_seed_has_no_interval(trainings, tmp_path):

@@ -69,6 +69,8 @@ class WeightedCrossEntropy(nn.Module):
         self.smoothing = smoothing
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point():
+            raise ValueError('class weights need class indices [B] as target, not a soft one; use MixedTarget')
         loss = F.cross_entropy(logits, target, label_smoothing=self.smoothing, reduction='none')
         return (loss * self.weights[target]).mean()
 
@@ -223,6 +225,7 @@ class DistillationTask(TrainingTask):
         dtype: torch.dtype | None = None,
         verbose: bool = False,
     ) -> None:
+        device = device or next((p.device for p in student.parameters()), None)
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if isinstance(criterion, str):
             criterion = None if criterion == 'none' else create_distill_loss(criterion)
@@ -295,9 +298,11 @@ class DistillationTask(TrainingTask):
         ema: bool = False,
     ) -> None:
         """Load what :meth:`get_task_state` returned."""
-        if state or strict:
-            for name, criterion in self._learning().items():
+        for name, criterion in self._learning().items():
+            if name in (state or {}):
                 criterion.load_state_dict((state or {})[name], strict=strict)
+            elif strict:
+                raise ValueError(f'the state of the task has no {name!r}, whose parameters this task learns')
 
     def _learning(self) -> dict[str, nn.Module]:
         both = {'criterion': self.criterion, 'features': self.feature_criterion}
@@ -477,6 +482,8 @@ def _in_float32(logits: Tensor) -> Tensor:
 def _top1(logits: Tensor, target: Tensor | MixedTarget) -> Tensor:
     """Percentage of a batch in which the highest logit is that of the class, 0-d."""
     predicted = logits.detach().argmax(1)
+    if isinstance(target, Tensor) and target.ndim == 2:  # soft
+        target = target.argmax(1)
     return _mixed(target, lambda index: 100 * (predicted == index).float().mean())
 
 

@@ -13,6 +13,7 @@ from ..errors import UsageError, UserError
 from ..loss import CRITERIA, create_distill_loss, get_criterion
 from .measure import interleaved, markdown, peak_memory
 
+MODES = ('eager', 'compiled')
 LOSS_SHAPES = ((64, 100), (256, 1000), (64, 21841))
 
 
@@ -37,7 +38,13 @@ def run(args: argparse.Namespace) -> str:
         raise UsageError(f'--repeats {args.repeats}: must be at least 1')
     shapes = [parse_shape(s) for s in args.shapes]
     return markdown(
-        bench_loss(args.criteria, shapes, compiled=not args.no_compile, repeats=args.repeats, device=args.device)
+        bench_loss(
+            args.criteria,
+            shapes,
+            modes=MODES[:1] if args.no_compile else MODES,
+            repeats=args.repeats,
+            device=args.device,
+        )
     )
 
 
@@ -45,7 +52,7 @@ def bench_loss(
     names: Sequence[str] | None = None,
     shapes: Sequence[tuple[int, int]] = LOSS_SHAPES,
     *,
-    compiled: bool = True,
+    modes: Sequence[str] = MODES,
     repeats: int = 15,
     device: str = 'cpu',
 ) -> list[dict[str, float | str]]:
@@ -56,7 +63,7 @@ def bench_loss(
     Args:
         names: of criteria; None for all.
         shapes: of the logits, [B, C].
-        compiled: measure under `torch.compile` too.
+        modes: of `eager` and `compiled`.
         repeats: rounds.
         device: torch's name of it.
 
@@ -74,7 +81,7 @@ def bench_loss(
         student, teacher = (4 * torch.randn(batch, classes, generator=generator).to(device) for _ in range(2))
         target = torch.randint(classes, (batch,), generator=generator).to(device)
         student.requires_grad_()
-        for mode in ('eager', 'compiled') if compiled else ('eager',):
+        for mode in modes:
             steps: dict[str, Callable[[], None]] = {'cross-entropy': _step(F.cross_entropy, student, target, mode=mode)}
             for name in names:
                 criterion = create_distill_loss(name).to(device)

@@ -208,7 +208,11 @@ def _open_data(plan: Plan, given: dict[str, Any], check: bool, log: Log) -> Plan
     config.no_speed = bool(given.get('no_speed'))  # of the run it meant its own end
     try:
         val = open_validation_of(config, log) if check else None
-        outputs = None if val is None else output_of_each_class(opened, val.class_names, val.num_classes)
+        outputs = (
+            None
+            if val is None
+            else output_of_each_class(opened.info, f'model {opened.name}', val.class_names, val.num_classes)
+        )
         train = _open_training(plan, config, given) if plan.precision == 'int8' else None
     except UserError as e:
         without = '' if plan.precision == 'int8' else ', --no-check exports without a check'

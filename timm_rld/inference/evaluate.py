@@ -24,8 +24,8 @@ from ..engine import (
     record,
     wants_channels_last,
 )
-from ..errors import UsageError
-from ..pairing import Pair, Teacher, create_teacher, to_memory_format
+from ..errors import UsageError, UserError
+from ..pairing import Pair, Teacher, create_teacher, look_up, to_memory_format
 from ..run_folder import versions
 from .files import check_folder, files_of, summary, write_all
 from .model import OpenModel, model_name, open_model, output_of_each_class
@@ -76,7 +76,7 @@ def evaluate_model(
     accelerator = create_accelerator(cpu=device == 'cpu', **config.arguments_of('create_accelerator'))
     config.mixed_precision = accelerator.mixed_precision
     val = main_first(accelerator, lambda: open_validation_of(config, log or accelerator.print))
-    outputs = output_of_each_class(opened, val.class_names, val.num_classes)
+    outputs = output_of_each_class(opened.info, f'model {name}', val.class_names, val.num_classes)
     loader = evaluation_loader(opened, val, config, accelerator)
     pair = Pair(opened.model, None, opened.normalize, opened.data_config)
     if config.teacher is not None:
@@ -152,9 +152,16 @@ def open_validation_of(config: Config, log: Callable[[str], object]) -> Source:
 
 
 def _open_teacher(pair: Pair, val: Source, config: Config) -> Teacher:
+    arguments, what = config.arguments_of('create_teacher'), f'--teacher {config.teacher}'
+    if config.teacher_checkpoint is None:
+        info = look_up(arguments['name'], '--teacher')
+        if not info.has_weights:
+            raise UserError(f'{what}: no weights are published for it; give a folder, or hf-hub:user/model')
+        if config.teacher_class_map is None:
+            classes = val.class_names, val.num_classes
+            arguments['class_map'] = output_of_each_class(info, what, *classes)
     return create_teacher(
-        num_classes=val.num_classes, class_names=val.class_names, image_size=pair.image_size,
-        **config.arguments_of('create_teacher'),
+        num_classes=val.num_classes, class_names=val.class_names, image_size=pair.image_size, **arguments
     )  # fmt: skip
 
 

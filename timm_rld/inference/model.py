@@ -13,7 +13,7 @@ from torch import nn
 from ..config import Config, load_yaml
 from ..errors import UsageError, UserError
 from ..hub import find_weights
-from ..pairing import ModelInfo, Normalize, build_model, load_into, load_weights, look_up, match_classes
+from ..pairing import ModelInfo, Normalize, build_model, find_classes, load_into, load_weights, look_up, simple_name
 from ..run_folder import read_run
 
 WEIGHTS = ('last', 'best', 'ema')
@@ -47,7 +47,7 @@ class OpenModel:
         from timm.data import ImageNetInfo, infer_imagenet_subset
 
         if names := self.info.label_names:
-            return [str(name) for name in names]
+            return names
         if subset := infer_imagenet_subset(self.info.config):
             return list(ImageNetInfo(subset).label_descriptions())
         return [str(i) for i in range(self.info.num_classes)]
@@ -102,6 +102,8 @@ def open_model(name: str, weights: str = 'last') -> OpenModel:
     if file is not None:
         load_into(model, load_weights(str(file), '--weights'), str(file))
     data_config = resolve_data_config({}, model=model, use_test_size=True)
+    if (channels := data_config['input_size'][0]) not in (1, 3):
+        raise UserError(f'model {name}: takes images of {channels} channels; those of 1 and 3 can be read')
     normalize = Normalize(data_config['mean'], data_config['std'])
     return OpenModel(name, model, normalize, data_config, info, settings, folder if is_run else None)
 
@@ -110,42 +112,56 @@ def _exact(name: str) -> str:
     return name
 
 
-def output_of_each_class(opened: OpenModel, classes: Sequence[str] | None, num_classes: int) -> list[int] | None:
-    """Return the model's output for each class of a dataset; None where they are the same.
+def output_of_each_class(
+    info: ModelInfo, model: str, classes: Sequence[str] | None, num_classes: int
+) -> list[int] | None:
+    """Return a model's output for each class of a dataset; None where they are the same.
 
     They are matched by name. A model that does not name its outputs, or a dataset that does not name its classes, is
-    taken as it is, if their numbers agree.
+    taken as it is, if their numbers agree. So is a model with ImageNet's number of outputs, where fewer than half of
+    the dataset's names are those of ImageNet.
+
+    Args:
+        model: for messages.
 
     Raises:
         UserError: with the classes that only one of the two has.
     """
-    info, model = opened.info, f'model {opened.name}'
     labels, outputs = info.label_names, info.num_classes
-    fix = "A --class-map FILE (a name a line) with all of the model's classes gives the dataset the same list"
+    fix = "A --class-map FILE (one name per line) with all of the model's classes gives the dataset the same list"
     if labels is None or classes is None:
         if outputs != num_classes:
             raise UserError(f'{model}: it has {outputs} classes, the dataset {num_classes}. {fix}')
-        try:  # ImageNet's classes have names, in a model that does not list them too
-            order = match_classes(classes or (), info)
-        except UserError:
-            return None
-        return None if order in ([], list(range(outputs))) else order
-    labels = [str(label) for label in labels]
+        return None if classes is None else _imagenet_outputs(info, model, classes, fix)
     if list(classes) == labels:
         return None
-    simple = lambda name: ' '.join(name.lower().replace('_', ' ').split())  # noqa: E731
-    for key in (_exact, simple):
+    for key in (_exact, simple_name):
         places = {key(label): i for i, label in enumerate(labels)}
         wanted = [key(name) for name in classes]
         if len(places) == len(labels) == len(set(wanted)) and set(wanted) == set(places):
             return [places[name] for name in wanted]
-    known, there = {simple(x) for x in labels}, {simple(x) for x in classes}
+    known, there = {simple_name(x) for x in labels}, {simple_name(x) for x in classes}
     parts = []
     for who, names in (
-        ('only in the dataset', [x for x in classes if simple(x) not in known]),
-        ('only in the model', [x for x in labels if simple(x) not in there]),
+        ('only in the dataset', [x for x in classes if simple_name(x) not in known]),
+        ('only in the model', [x for x in labels if simple_name(x) not in there]),
     ):
         if names:
             more = f', … ({len(names)} in all)' if len(names) > 10 else ''
             parts.append(f'{who}: {", ".join(map(repr, names[:10]))}{more}')
     raise UserError(f'{model}: the dataset has other classes; {"; ".join(parts) or "a name comes twice"}.\n{fix}')
+
+
+def _imagenet_outputs(info: ModelInfo, model: str, classes: Sequence[str], fix: str) -> list[int] | None:
+    """Return the outputs of a model that does not list its labels, but may have those of ImageNet."""
+    found = find_classes(classes, info)
+    if found is None or all(i in hits for i, hits in enumerate(found)) or 2 * sum(map(bool, found)) < len(found):
+        return None
+    order = [next(iter(hits)) if len(hits) == 1 else -1 for hits in found]
+    if len({i for i in order if i >= 0}) < len(order):
+        wrong = [name for name, i in zip(classes, order) if i < 0 or order.count(i) > 1]
+        shown = ', '.join(map(repr, wrong[:5])) + (f', … ({len(wrong)} in all)' if len(wrong) > 5 else '')
+        raise UserError(
+            f'{model}: its classes are those of ImageNet, in which {shown} has no output of its own.\n{fix}'
+        )
+    return order

@@ -48,8 +48,8 @@ class DistillLoss(nn.Module):
             The unweighted term, a 0-d tensor in float32 or higher.
 
         Raises:
-            ValueError: if shapes, the target or the teacher's values are not as described. Values are read on the
-                CPU always, on other devices at the first call only, since reading them waits for the device.
+            ValueError: if shapes, the target or the teacher's values are not as described. Values are
+                read at the first call on each device only, as that waits for it, and not under torch.compile.
         """
         self._check(student_logits, teacher_logits, target)
         dtype = torch.promote_types(student_logits.dtype, torch.float32)

@@ -71,9 +71,10 @@ def mekd_losses(
 ) -> tuple[Tensor, Tensor]:
     """The two terms of :func:`mekd_loss`, 0-d, before their weights; ``teacher`` is T `[B, C]`."""
     check_choice('norm', norm, ('l1', 'l2'))
+    dtype = next((p.dtype for p in generator.parameters()), student.dtype)
     with torch.no_grad():
-        of_teacher = generator(teacher / gen_temperature)
-    difference = generator(student / gen_temperature) - of_teacher
+        of_teacher = generator((teacher / gen_temperature).to(dtype))
+    difference = generator((student / gen_temperature).to(dtype)) - of_teacher
     images = difference.abs().mean() if norm == 'l1' else difference.square().mean()
     log_p_student = F.log_softmax(student / temperature, dim=1)
     log_p_teacher = F.log_softmax(teacher / temperature, dim=1)

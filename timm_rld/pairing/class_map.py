@@ -10,8 +10,52 @@ from ..errors import UserError, did_you_mean
 from .weights import ModelInfo
 
 
-def _normal(name: str) -> str:
-    return ' '.join(str(name).lower().replace('_', ' ').split())
+def simple_name(name: str) -> str:
+    """Return a class name in lower case, with single spaces in place of underscores and other white space."""
+    return ' '.join(name.lower().replace('_', ' ').split())
+
+
+def output_names(info: ModelInfo) -> list[str] | None:
+    """Return the names of a model's outputs: those of its config, else WordNet ids where its number of outputs is an
+    ImageNet's, else None."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if info.label_names is not None:
+        return info.label_names
+    subset = infer_imagenet_subset(info.config)
+    return ImageNetInfo(subset).label_names() if subset else None
+
+
+def find_classes(class_names: Sequence[str], info: ModelInfo) -> list[set[int]] | None:
+    """Return for each class of a dataset the outputs of a model that its name fits; None where they have no names.
+
+    A full name counts before a synonym ("tench" in "tench, Tinca tinca").
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if info.label_names is not None:
+        descriptions = info.config.get('label_descriptions') or {}
+        texts = [[n, descriptions.get(n, '')] for n in info.label_names]
+    elif subset := infer_imagenet_subset(info.config):
+        imagenet = ImageNetInfo(subset)
+        texts = [[n, imagenet.label_name_to_description(n)] for n in imagenet.label_names()]
+    else:
+        return None
+    full: dict[str, set[int]] = {}
+    partial: dict[str, set[int]] = {}
+    for i, entries in enumerate(texts):
+        for text in filter(None, entries):
+            full.setdefault(simple_name(text), set()).add(i)
+            for part in text.split(','):
+                partial.setdefault(simple_name(part), set()).add(i)
+    found = []
+    for name in class_names:
+        hits = full.get(simple_name(name)) or partial.get(simple_name(name)) or set()
+        if not hits:
+            parts = [partial.get(simple_name(p), set()) for p in name.split(',')]
+            hits = set().union(*parts)
+        found.append(hits)
+    return found
 
 
 def match_classes(class_names: Sequence[str], info: ModelInfo) -> list[int]:
@@ -26,34 +70,12 @@ def match_classes(class_names: Sequence[str], info: ModelInfo) -> list[int]:
     Raises:
         UserError: naming classes that have no counterpart, or more than one.
     """
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
     flag = '--teacher-class-map auto'
-    names = info.label_names
-    if names is not None:
-        descriptions = info.config.get('label_descriptions') or {}
-        texts = [[n, descriptions.get(n, '')] for n in names]
-    elif subset := infer_imagenet_subset(info.config):
-        imagenet = ImageNetInfo(subset)
-        texts = [[n, imagenet.label_name_to_description(n)] for n in imagenet.label_names()]
-    else:
+    found = find_classes(class_names, info)
+    if found is None:
         raise UserError(
             f'{flag}: {info.name} does not name its {info.num_classes} outputs; give a JSON FILE of indices'
         )
-    full: dict[str, set[int]] = {}
-    partial: dict[str, set[int]] = {}
-    for i, entries in enumerate(texts):
-        for text in filter(None, entries):
-            full.setdefault(_normal(text), set()).add(i)
-            for part in text.split(','):
-                partial.setdefault(_normal(part), set()).add(i)
-    found = []
-    for name in class_names:
-        hits = full.get(_normal(name)) or partial.get(_normal(name)) or set()
-        if not hits:
-            parts = [partial.get(_normal(p), set()) for p in name.split(',')]
-            hits = set().union(*parts)
-        found.append(hits)
     for problem, wrong in (
         ('no counterpart', [n for n, h in zip(class_names, found) if not h]),
         ('more than one counterpart', [n for n, h in zip(class_names, found) if len(h) > 1]),
@@ -69,9 +91,9 @@ def match_classes(class_names: Sequence[str], info: ModelInfo) -> list[int]:
 
 def check_order(class_names: Sequence[str], label_names: Sequence[str], info: ModelInfo) -> None:
     """Raise UserError where a class of the dataset has its name at another output of the teacher."""
-    theirs = [_normal(name) for name in label_names]
+    theirs = [simple_name(name) for name in label_names]
     outputs = {name: i for i, name in reversed(list(enumerate(theirs)))}
-    ours = [_normal(name) for name in class_names]
+    ours = [simple_name(name) for name in class_names]
     moved = [i for i, name in enumerate(ours) if name in outputs and theirs[i] != name]
     if not moved:
         return

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .class_map import check_order, resolve_class_map
+from .class_map import check_order, output_names, resolve_class_map
 from .heads import enable_distilled_training
 from .query import ClosedTeacher
 from .teacher import Floats, Normalize, Teacher, create_normalize, resized_to
@@ -172,7 +172,7 @@ def create_teacher(
     else:
         outputs = _check_outputs(info, state, pretrained, class_map, num_classes, in_chans)
     published = class_map is None and not to_train and state is None
-    names = info.label_names if published and class_names else None  # that must be those of the dataset
+    names = output_names(info) if published and class_names else None  # that must be those of the dataset
     if names and class_names:
         check_order(class_names, names, info)
     index = resolve_class_map(class_map, info, outputs, num_classes, class_names)
@@ -186,7 +186,8 @@ def create_teacher(
         load_into(model, state, f'--teacher-checkpoint {checkpoint} for --teacher {name}')
     normalize = create_normalize(model, mean=mean, std=std, img_size=img_size, image_size=image_size)
     teacher = Teacher(model, normalize, index, name)
-    teacher.other_names = bool(names and class_names and not set(class_names) & set(names))
+    listed = names and info.label_names  # WordNet ids may have other words for the same class
+    teacher.other_names = bool(listed and class_names and not set(class_names) & set(listed))
     size = normalize.size or image_size
     own = tuple(info.config.get('input_size', ())[-2:])
     if own and not to_train and (state is None or own < tuple(size)):  # a file may come from training at another size

@@ -139,6 +139,7 @@ class ClosedTeacher(nn.Module):
         limit: see :class:`Queries`.
         digest: what stands for the teacher's weights, where they are known.
         compile: compiles what answers.
+        move: takes what answers to another device or dtype, as `nn.Module._apply` does.
 
     Attributes:
         queries: the images that it has answered for.
@@ -155,12 +156,18 @@ class ClosedTeacher(nn.Module):
         limit: int | None = None,
         digest: str | None = None,
         compile: Callable[..., None] | None = None,
+        move: Callable[[Callable[[Tensor], Tensor]], object] | None = None,
     ) -> None:
         super().__init__()
         if answers not in ('soft', 'hard'):
             raise ValueError(f"answers must be 'soft' or 'hard', got {answers!r}")
         self.answers, self.name, self.digest, self.queries = answers, name, digest, Queries(limit)
-        self._ask, self._compile = ask, compile
+        self._ask, self._compile, self._move = ask, compile, move
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClosedTeacher:
+        if self._move is not None:
+            self._move(fn)
+        return super()._apply(fn, recurse)
 
     def compile(self, **kwargs: Any) -> None:
         """Compile what answers, if that can be done."""
@@ -197,7 +204,7 @@ def close_teacher(teacher: Teacher, answers: str, limit: int | None = None) -> C
     def compile(**kwargs: Any) -> None:
         teacher.compile(**kwargs)
 
-    return ClosedTeacher(ask, answers, teacher.name, limit, weights_digest(teacher), compile)
+    return ClosedTeacher(ask, answers, teacher.name, limit, weights_digest(teacher), compile, teacher._apply)
 
 
 class QueryTeacher(ClosedTeacher):

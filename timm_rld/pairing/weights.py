@@ -56,7 +56,7 @@ class ModelInfo:
         if isinstance(names, dict):
             names = {int(k): v for k, v in names.items()}
             names = [names[i] for i in range(len(names))] if set(names) == set(range(len(names))) else None
-        return list(names) if names and len(names) == self.num_classes else None
+        return [str(name) for name in names] if names and len(names) == self.num_classes else None
 
 
 def look_up(name: str, flag: str) -> ModelInfo:
@@ -161,7 +161,8 @@ def build_model(info: ModelInfo, flag: str, *, pretrained: bool, fix: str, **kwa
 def load_weights(path: str, flag: str) -> dict[str, Tensor]:
     """Read a state dict: safetensors, or a .pth read with weights_only, bare or under `state_dict` or `model`.
 
-    Prefixes of wrappers (`module.`, `_orig_mod.`) are dropped.
+    As in timm, averaged weights are preferred where the file has them (`state_dict_ema` or `model_ema`). Prefixes of
+    wrappers (`module.`, `_orig_mod.`) are dropped.
 
     Returns:
         The state dict.

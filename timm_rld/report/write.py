@@ -65,7 +65,7 @@ def write_report(
     with writing(f'--output {page}' if output is not None else page):
         for path, text in files.items():
             write_atomic(path, text)
-    log(f'{page}: {page.stat().st_size / 1e6:.1f} MB, opens in any browser')
+    log(f'{page}: {page.stat().st_size / 1000:,.0f} kB, opens in any browser')
     return list(files)
 
 

@@ -71,8 +71,9 @@ def rkd_loss(
 
 
 class RKD(FeatureLoss):
-    """:func:`rkd_loss` of pooled features, summed over the pairs. It takes memory for B³ numbers, and compares the
-    samples of one batch of one process: neither several processes nor accumulation give what one large batch gives.
+    """:func:`rkd_loss` of pooled features, summed over the pairs. It takes memory for B² · max(B, D)
+    numbers, and compares the samples of one batch of one process: neither several processes nor accumulation give what
+    one large batch gives.
 
     Args:
         distance_weight, angle_weight: of the two parts.
