@@ -24,7 +24,7 @@ def _link(obj: griffe.Object, name: str) -> str:
     if first != obj.package.name:  # else it is a whole path
         try:
             path = f'{obj.resolve(first)}.{rest}'.rstrip('.')
-        except griffe.NameResolutionError:  # a public name of another room
-            rooms = (room for room in obj.package.modules.values() if first in (room.exports or ()))
-            path = next((f'{room.path}.{name}' for room in rooms), name)
+        except griffe.NameResolutionError:  # a public name of another module
+            modules = (module for module in obj.package.modules.values() if first in (module.exports or ()))
+            path = next((f'{module.path}.{name}' for module in modules), name)
     return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'

@@ -224,7 +224,7 @@ QUERY = ['--teacher-query', 'closed_teachers:ask', '--student', 'resnet18']
         ([*TIMM, '--query-retries', '9'], '--query-retries 9: needs --teacher-query'),
         (['--student', 'resnet18', '--distill', 'none', '--black-box', 'soft'], '--black-box soft: needs --teacher'),
         ([*QUERY, '--teacher-epochs', '3'], 'closed_teachers:ask cannot be trained'),
-        ([*QUERY, '--teacher-checkpoint', 'x'], 'shows no network to set it of'),
+        ([*QUERY, '--teacher-checkpoint', 'x'], 'has no network; remove it'),
         (['--teacher-answers', 'x.csv', '--student', 'resnet18', '--mixup', '0.2'], 'and not for mixed ones'),
         (['--teacher-answers', 'x.csv', '--student', 'resnet18', '--teacher-cache', 'c'], 'on the disk already'),
         (['--teacher-answers', 'x.csv', '--student', 'resnet18', '--on-bad-image', 'skip'], 'answer belongs to'),

@@ -100,7 +100,7 @@ def test_each_fault_is_found_named_and_decides_the_exit_code(fault, photos, caps
     assert main(['data', str(photos), '--img-size', '32']) == (1 if hurts else 0)
     said = capsys.readouterr()
     assert f'\n{name}{"" if hurts else " (note)"}: ' in said.out and item in said.out
-    assert bool(re.search(f'error: this would hurt a training: .*{name}', said.err)) == hurts
+    assert bool(re.search(f'error: fix before training: .*{name}', said.err)) == hurts
 
 
 def test_a_class_map_may_name_a_class_without_training_images(photos, tmp_path, capsys):

@@ -280,7 +280,7 @@ def test_the_reference_lists_what_there_is(page):
             assert hasattr(importlib.import_module(room), name)
         for name in members or ():
             assert hasattr(importlib.import_module(path), name)
-            # where a module has this name too, the site would leave it out
+            # where a module has this name too, the site would remove it
             assert not (ROOT / path.replace('.', '/') / f'{name}.py').exists(), f'name it as {path}.{name}.{name}'
 
 

@@ -153,7 +153,7 @@ def imports_of(path: Path) -> set[str]:
                 rooms |= set(names)
         elif isinstance(node, ast.Import):
             rooms |= {a.name.split('.')[1] for a in node.names if a.name.startswith('timm_rld.')}
-    return rooms
+    return rooms - {'__version__'}  # of the package itself
 
 
 @pytest.mark.parametrize('path', modules(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -288,6 +288,15 @@ def test_a_wrong_verb_exits_with_2_and_a_line(argv, capsys):
 
     assert main(argv) == 2
     assert capsys.readouterr().err.startswith('timm-rld: error: ')
+
+
+def test_the_tools_show_their_version(capsys):
+    from timm_rld import __version__
+    from timm_rld.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(['--version'])
+    assert capsys.readouterr().out == f'timm-rld {__version__}\n'
 
 
 def test_the_tools_alone_show_their_help(capsys):

@@ -335,7 +335,7 @@ def test_a_teacher_that_is_fitted_or_has_a_file_of_weights_need_not_have_the_ord
 
 
 def test_flags_that_contradict_a_fit_are_refused(weights):
-    assert 'leave it out' in refused('test_resnet', 3, to_train=True, pretrained=False, class_map='auto')
+    assert 'remove it' in refused('test_resnet', 3, to_train=True, pretrained=False, class_map='auto')
     assert 'choose one of the two' in refused('test_resnet', 3, to_train=True, checkpoint=str(weights[0]))
 
 

@@ -161,7 +161,7 @@ def test_what_val_fraction_cannot_do_is_said(tmp_path, folder, parquet):
     grow(tmp_path, {'ant': 10, 'bee': 1})
     assert "class 'bee' has one image alone" in refused(data_dir=str(tmp_path), val_fraction=0.2)
     message = refused(data_dir=str(folder), val='validation', val_fraction=0.2)
-    assert '--val-fraction 0.2 with --val-split validation' in message and 'leave one of the two out' in message
+    assert '--val-fraction 0.2 with --val-split validation' in message and 'remove one of the two' in message
     keys = dict(input_key='img', target_key='fine_label', train_num_samples=41, dataset_download=True)
     assert 'cannot be divided' in refused(f'hfids/{parquet}', val_fraction=0.2, **keys)
 

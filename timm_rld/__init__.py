@@ -1,7 +1,7 @@
 """Refined logit distillation for timm.
 
 Importing this registers the CIFAR networks with timm (`cifar_…`), and costs little more than `import timm`: each public
-name loads its room when first used. (The command line, `timm-rld`, registers them where a verb needs them.)
+name loads its module when first used. (The command line, `timm-rld`, registers them where a command needs them.)
 """
 
 from __future__ import annotations

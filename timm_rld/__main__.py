@@ -1,4 +1,4 @@
-"""`timm-rld VERB` = `python -m timm_rld VERB`: what is not training. Each verb's work is done in its own room."""
+"""`timm-rld COMMAND` = `python -m timm_rld COMMAND`: what is not training. The work is done in other modules."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .bench import BENCHMARKS, benchmark
 from .config import (
     FIELDS,
@@ -71,7 +72,7 @@ def check_data(args: argparse.Namespace) -> None:
             write_atomic(Path(args.report), data_page.findings_page(findings, splits, args.target))
         print(f'\n{args.report}: the same with pictures')
     if hurting := findings.hurting:
-        raise UserError(f'this would hurt a training: {", ".join(f.name for f in hurting)}')
+        raise UserError(f'fix before training: {", ".join(f.name for f in hurting)}')
 
 
 def data_settings() -> list[str]:
@@ -184,9 +185,9 @@ def verify_cache(args: argparse.Namespace) -> None:
 
 def _add_data(verbs: Any) -> None:
     verb = verbs.add_parser(
-        'data', help='look at a dataset before training on it', allow_abbrev=False,
+        'data', help='check a dataset before training', allow_abbrev=False,
         usage='timm-rld data DIR_OR_DATASET [--report FILE] [--write-skip-list FILE] [flags of train_distill.py]',
-        description='Decodes and compares all images. The exit code is 1 if something would hurt a training.',
+        description='Decodes and compares all images. Exit code 1: something must be fixed before training.',
     )  # fmt: skip
     verb.add_argument('target', metavar='DIR_OR_DATASET', help='a folder as for --data-dir, or a name as for --dataset')
     verb.add_argument('--report', metavar='FILE', default='', help='write a page with pictures of each class (HTML)')
@@ -198,7 +199,7 @@ def _add_data(verbs: Any) -> None:
 
 def _add_compare(verbs: Any) -> None:
     verb = verbs.add_parser(
-        'compare', help='one pair under several criteria and seeds', allow_abbrev=False,
+        'compare', help='compare criteria for one pair, over seeds', allow_abbrev=False,
         usage='timm-rld compare --criteria NAME … --seeds N … --output DIR --teacher NAME --student NAME '
         '[flags of train_distill.py]',
         description='The teacher is trained once and shared. After an interruption the same command continues.',
@@ -211,7 +212,7 @@ def _add_compare(verbs: Any) -> None:
                       help="attacks on the teacher's logits (fdla, pcfdla, fdpla, zero, random) to run each criterion "
                       "under; options after a colon: 'pcfdla:strength=4,fraction=[0.1,0.5]'")  # fmt: skip
     verb.add_argument('--poison-fraction', nargs='+', type=float, metavar='P', default=[],
-                      help='of the training images that they change; 0: also a run without attack')  # fmt: skip
+                      help='fractions of the training images to attack; 0: a run without attack')  # fmt: skip
     verb.add_argument('--output', metavar='DIR', default='output/compare', help='default: output/compare')
     verb.add_argument('--launcher', metavar='COMMAND', default='', help=LAUNCHER)
     verb.set_defaults(run=compare)
@@ -219,21 +220,21 @@ def _add_compare(verbs: Any) -> None:
 
 def _add_tune(verbs: Any) -> None:
     verb = verbs.add_parser(
-        'tune', help='search the settings of distillation for a pair and its data', allow_abbrev=False,
+        'tune', help='search distillation settings for a pair on your data', allow_abbrev=False,
         usage='timm-rld tune --teacher NAME --student NAME --output DIR [--criteria NAME …] [--budget 6x] '
         '[flags of train_distill.py]',
-        description='Candidates are compared on a share of the training split; winner, default and none are then run '
-        'in full. After an interruption the same command continues.',
+        description='Candidates are compared on a fraction of the training split; winner, default and none are then '
+        'run in full. After an interruption the same command continues.',
     )  # fmt: skip
     verb.add_argument('--criteria', nargs='+', metavar='NAME', default=['rld', 'kd', 'dkd'],
                       help='default: rld kd dkd; the first is the default to beat; options after a colon stay fixed: '
                       "'rld:beta=2'")  # fmt: skip
-    verb.add_argument('--budget', metavar='Nx', default='6x', help='of the search, in whole runs (default: 6x)')
+    verb.add_argument('--budget', metavar='Nx', default='6x', help='search cost, in full runs (default: 6x)')
     verb.add_argument('--seeds', nargs='+', type=int, metavar='N', default=[0, 1, 2],
                       help='of the final runs (default: 0 1 2)')  # fmt: skip
-    verb.add_argument('--tune', nargs='+', metavar='NAME', default=[], help="search this too: 'lr'")
+    verb.add_argument('--tune', nargs='+', metavar='NAME', default=[], help="also search: 'lr'")
     verb.add_argument('--tune-holdout', type=float, metavar='X', default=0.1,
-                      help='share of the training split to choose by (default: 0.1)')  # fmt: skip
+                      help='fraction of the training split to select on (default: 0.1)')  # fmt: skip
     verb.add_argument('--output', metavar='DIR', default='output/tune', help='default: output/tune')
     verb.add_argument('--launcher', metavar='COMMAND', default='', help=LAUNCHER)
     verb.set_defaults(run=tune)
@@ -247,7 +248,7 @@ def _add_evaluate(verbs: Any) -> None:
     )  # fmt: skip
     verb.add_argument('model', metavar='RUN_OR_MODEL', help=MODEL)
     verb.add_argument('--teacher', metavar='NAME', help="a model to compare with, or the run's teacher")
-    verb.add_argument('--output', metavar='DIR', help='write predictions, figures of each class and confusion matrix')
+    verb.add_argument('--output', metavar='DIR', help='write predictions, per-class metrics and confusion matrix')
     verb.add_argument('--batch-size', '-b', type=int, metavar='N', help="per process (default: the run's, or 128)")
     verb.set_defaults(run=evaluate)
     add_settings(verb, marked('evaluation'))
@@ -256,8 +257,8 @@ def _add_evaluate(verbs: Any) -> None:
 
 def _add_predict(verbs: Any) -> None:
     verb = verbs.add_parser(
-        'predict', help='the classes of image files', allow_abbrev=False,
-        description='A row an image, in the order of the arguments: file, class_1, prob_1, class_2, …',
+        'predict', help='classify image files', allow_abbrev=False,
+        description='One row per image, in the order of the arguments: file, class_1, prob_1, class_2, …',
     )  # fmt: skip
     verb.add_argument('model', metavar='RUN_OR_MODEL', help=MODEL)
     verb.add_argument('paths', nargs='+', metavar='PATH', help='image files, and folders of them')
@@ -272,8 +273,8 @@ def _add_predict(verbs: Any) -> None:
 
 def _add_export(verbs: Any) -> None:
     verb = verbs.add_parser(
-        'export', help='a model as a file for onnxruntime or torch alone, checked against it', allow_abbrev=False,
-        description='Beside FILE lie FILE.json (labels, preprocessing, figures of the check) and FILE.py, a program '
+        'export', help='export a model to ONNX or torch.export and check the file', allow_abbrev=False,
+        description='Beside FILE lie FILE.json (labels, preprocessing, results of the check) and FILE.py, a program '
         'that uses it. A file that fails its check is left as FILE.failed, and the exit code is 1.',
     )  # fmt: skip
     verb.add_argument('model', metavar='RUN_OR_MODEL', help=MODEL)
@@ -284,10 +285,10 @@ def _add_export(verbs: Any) -> None:
     verb.add_argument('--precision', choices=('fp32', 'int8'), default='fp32',
                       help='int8: ONNX, calibrated on 512 training images (default: fp32)')  # fmt: skip
     _add_weights(verb)
-    verb.add_argument('--no-check', action='store_true', help='do not hold the file against the model')
+    verb.add_argument('--no-check', action='store_true', help='do not compare file and model')
     verb.add_argument('--min-agreement', type=float, metavar='X',
-                      help='share of images with the same top-1 that is enough (default: 0.999; int8 may lose a point '
-                      'of accuracy instead)')  # fmt: skip
+                      help='required share of images with the same top-1 (default: 0.999; for int8: top-1 may '
+                      'drop by one point)')  # fmt: skip
     verb.set_defaults(run=export)
     add_settings(verb.add_argument_group('data to check with, as for train_distill.py'), export_settings())
 
@@ -303,13 +304,14 @@ def _add_model_choices(verb: Any) -> None:
 
 
 def _add_report(verbs: Any) -> None:
-    verb = verbs.add_parser('report', help='a page of a run, or of a comparison: figures, pictures, what to try next',
-                            description='One HTML file that opens offline, and tables as CSV beside it.',
+    verb = verbs.add_parser('report', help='write an HTML report of a run or a comparison',
+                            description='One HTML file that opens offline: metrics, images, what to try next; and '
+                            'tables as CSV beside it.',
                             allow_abbrev=False)  # fmt: skip
     verb.add_argument('folder', metavar='RUN', help='the folder of a run, or of a comparison')
     verb.add_argument('--baseline', metavar='RUN', help='a run with --distill none to compare with')
     verb.add_argument('--output', metavar='FILE', help='default: report.html in the folder')
-    verb.add_argument('--data-dir', metavar='DIR', help='where the data lie now, if they have been moved')
+    verb.add_argument('--data-dir', metavar='DIR', help='new location of the data, if moved')
     verb.set_defaults(run=report)
 
 
@@ -327,13 +329,13 @@ def _add_push(verbs: Any) -> None:
 
 def _add_cache(verbs: Any) -> None:
     verb = verbs.add_parser('cache', help="check a cache of a teacher's logits")
-    whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
+    whats = verb.add_subparsers(dest='what', required=True, metavar='COMMAND')
     about = 'recompute a random sample of rows from images and teacher, and compare'
     what = whats.add_parser('verify', help=about, description=f'{about.capitalize()}.', allow_abbrev=False)
     what.add_argument('folder', metavar='DIR', help='that of --teacher-cache')
     what.add_argument('--rows', type=int, default=256, help='default: 256')
     what.add_argument('--seed', type=int, default=0, help='of the sample')
-    what.add_argument('--data-dir', metavar='DIR', help='where the data lie now, if they have been moved')
+    what.add_argument('--data-dir', metavar='DIR', help='new location of the data, if moved')
     what.add_argument('--teacher-checkpoint', metavar='FILE', help="where the teacher's weights lie now")
     what.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
     what.set_defaults(run=verify_cache)
@@ -341,7 +343,7 @@ def _add_cache(verbs: Any) -> None:
 
 def _add_bench(verbs: Any, argv: list[str]) -> None:
     verb = verbs.add_parser('bench', help='measure a training step, or the criteria')
-    whats = verb.add_subparsers(dest='what', required=True, metavar='WHAT')
+    whats = verb.add_subparsers(dest='what', required=True, metavar='COMMAND')
     for name, help in BENCHMARKS.items():
         what = whats.add_parser(name, help=help, description=f'Measures: {help}.', allow_abbrev=False)
         if argv[:2] == ['bench', name]:
@@ -359,7 +361,8 @@ def _add_list(verbs: Any) -> None:
 def parse(argv: list[str]) -> None:
     """Read the command line, and run its verb."""
     parser = Parser(prog='timm-rld', description='Tools around train_distill.py.', allow_abbrev=False)
-    verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='COMMAND')
     _add_data(verbs)
     _add_compare(verbs)
     _add_tune(verbs)

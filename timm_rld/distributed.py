@@ -66,8 +66,8 @@ def create_accelerator(
         raise UserError(f'--mixed-precision {mixed_precision}: {str(e).splitlines()[0]}') from e
     if (kind := str(accelerator.distributed_type.value)) in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
         raise UserError(
-            f'the launcher chose {kind}: it splits the weights among processes; checkpoints, averaged weights and '
-            'the export need them whole: use MULTI_GPU'
+            f'distributed_type {kind}: not supported, as checkpoints, averaged weights and the export need whole '
+            'weights; use MULTI_GPU'
         )
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise UserError('--mixed-precision fp16: has no effect on a CPU; use bf16, or no')

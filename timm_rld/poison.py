@@ -274,7 +274,7 @@ def check_poison(
                 raise UsageError(f'--poison-{flag} {value:g}: needs --poison {"|".join(ATTACKS)}')
         return
     if distill in _UNFIT:
-        raise UsageError(f'--poison {attack}: --distill {distill} {_UNFIT[distill]}; leave one of the two out')
+        raise UsageError(f'--poison {attack}: --distill {distill} {_UNFIT[distill]}; remove one of the two')
     if black_box == 'hard':
         raise UsageError(f'--poison {attack}: --black-box hard answers with a class, which has no logits to change')
     if fraction is None:

@@ -47,7 +47,7 @@ def claim(folder: Path, resume: bool) -> bool:
 
 
 def write_inputs(folder: Path, args_yaml: str, facts: dict[str, Any], held_out: list[str] | None = None) -> None:
-    """Write args.yaml and facts.json, unless they are there with this content; and in validation.txt, one a line, the
+    """Write args.yaml and facts.json, unless they are there with this content; and in validation.txt, one per line, the
     images that are held out for validation, if any are."""
     files = {'args.yaml': args_yaml, 'facts.json': json.dumps(facts, indent=1)}
     if held_out is not None:

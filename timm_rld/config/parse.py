@@ -258,13 +258,13 @@ def _parser(prog: str, epilog: str, settings: type[Config]) -> Parser:
     parser = Parser(
         prog=prog,
         usage=f'{prog} --teacher NAME --student NAME [--distill rld] [--config FILE] [flags]',
-        description='Distil a timm student from a timm teacher. Without --dataset or --data-dir it runs on a sample.',
+        description='Distil a timm teacher into a timm student. Default data: a sample of handwritten digits.',
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument('--config', metavar='FILE', help='YAML with any of these settings; flags win over it')
+    parser.add_argument('--config', metavar='FILE', help='YAML, or one of `timm-rld list recipes`; flags win over it')
     fields = dataclasses.fields(settings)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(f.metadata['group'] for f in fields)}
     for f in fields:

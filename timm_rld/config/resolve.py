@@ -176,19 +176,19 @@ def _check(c: Config) -> None:
     if c.train_on_holdout and c.tune_holdout is None:
         raise UsageError('--train-on-holdout: needs --tune-holdout')
     if c.tune_holdout is not None and c.push_to_hub:
-        raise UsageError('--push-to-hub: a run with --tune-holdout has no validation split to give a figure of')
+        raise UsageError('--push-to-hub with --tune-holdout: no validation accuracy to report; remove one of the two')
     for name in ('scale', 'ratio') if c.train_crop_mode == 'pad' and not c.no_aug else ():
         if (value := getattr(c, name)) is not None:
             raise UsageError(
                 f'{flag_of(name)} {" ".join(f"{v:g}" for v in value)}: --train-crop-mode pad cuts images at their own '
-                'scale; leave it out, or give --train-crop-mode rrc'
+                'scale; remove it, or give --train-crop-mode rrc'
             )
     if c.val_fraction is None and c.val_seed is not None:
         raise UsageError(f'--val-seed {c.val_seed}: needs --val-fraction')
     if c.val_fraction is not None and c.val_split is not None:
         raise UsageError(
             f'--val-fraction {c.val_fraction:g} with --val-split {c.val_split}: the validation images are a part of '
-            'the training split, or a split of their own; leave one of the two out'
+            'the training split, or a split of their own; remove one of the two'
         )
     if c.labels is not None and c.dataset is not None:
         raise UsageError(f'--labels {c.labels} with --dataset {c.dataset}: name one of the two')
@@ -216,11 +216,9 @@ def _check(c: Config) -> None:
             raise UsageError(f'{flag_of(name)}: expected 1 or {c.in_chans} values (--in-chans), got {len(value)}')
     for epochs, flag in ((c.epochs, '--epochs'), (c.teacher_epochs, '--teacher-epochs')):
         if c.cooldown_epochs and epochs and c.cooldown_epochs >= epochs:
-            raise UsageError(f'--cooldown-epochs {c.cooldown_epochs}: leaves nothing of {flag} {epochs}; give fewer')
+            raise UsageError(f'--cooldown-epochs {c.cooldown_epochs}: must be below {flag} {epochs}')
         if c.warmup_epochs and epochs and c.warmup_epochs >= epochs:
-            raise UsageError(
-                f'--warmup-epochs {c.warmup_epochs}: leaves nothing of {flag} {epochs}; give a smaller one'
-            )
+            raise UsageError(f'--warmup-epochs {c.warmup_epochs}: must be below {flag} {epochs}')
 
 
 def _check_features(c: Config) -> None:
@@ -234,7 +232,7 @@ def _check_features(c: Config) -> None:
         if (value := getattr(c, name)) is not None:
             raise UsageError(
                 f'--feature-distill {c.feature_distill} with {flag_of(name)} {value}: a closed teacher answers, and '
-                'shows no features to learn from; leave one of the two out'
+                'shows no features to learn from; remove one of the two'
             )
 
 
@@ -243,7 +241,7 @@ def _check_closed(c: Config) -> None:
     closed = {flag_of(n): getattr(c, n) for n in ('teacher', 'teacher_query', 'teacher_answers') if getattr(c, n)}
     if len(closed) > 1:
         (one, name), (other, value) = list(closed.items())[:2]
-        raise UsageError(f'{one} {name} with {other} {value}: there is one teacher; leave one of the two out')
+        raise UsageError(f'{one} {name} with {other} {value}: there is one teacher; remove one of the two')
     of_function = ('query_retries', 'query_timeout', 'query_workers')
     for names, needed, there in (
         (of_function, '--teacher-query', c.teacher_query),
@@ -256,23 +254,23 @@ def _check_closed(c: Config) -> None:
     if c.black_box == 'hard' and c.teacher_class_map is not None:
         raise UsageError(
             f'--teacher-class-map {c.teacher_class_map} with --black-box hard: the class that the teacher names may '
-            'have no counterpart here; --black-box soft can be mapped'
+            'have no counterpart here; use --black-box soft'
         )
     if c.teacher is not None or c.black_box is None:
         return
     flag, name = next(iter(closed.items()))
     if c.teacher_epochs:
-        raise UsageError(f'--teacher-epochs {c.teacher_epochs}: {flag} {name} cannot be trained; leave it out')
+        raise UsageError(f'--teacher-epochs {c.teacher_epochs}: {flag} {name} cannot be trained; remove it')
     for setting in set(taken_by('create_teacher')) - {'teacher', 'in_chans', 'teacher_pretrained'}:
         if getattr(c, setting) is not None:
-            raise UsageError(f'{flag_of(setting)} {getattr(c, setting)}: {flag} {name} shows no network to set it of')
+            raise UsageError(f'{flag_of(setting)} {getattr(c, setting)}: {flag} {name} has no network; remove it')
     if c.teacher_answers is not None:
         _check_no_replacements(c, f'{flag} {name}', 'answer')
     for setting in ('mixup', 'cutmix', 'cutmix_minmax') if c.teacher_answers is not None else ():
         if getattr(c, setting):
             raise UsageError(
                 f'{flag_of(setting)} with {flag} {name}: the teacher has answered for the images, and not for mixed '
-                'ones; leave one of the two out'
+                'ones; remove one of the two'
             )
 
 
@@ -281,7 +279,7 @@ def _check_no_replacements(c: Config, kept: str, row: str) -> None:
     if c.on_bad_image == 'skip':
         raise UsageError(
             f'--on-bad-image skip with {kept}: the image that replaces a broken one is not the one that the {row} '
-            'belongs to; leave one of the two out, or leave the images out with --skip-list FILE'
+            'belongs to; remove one of the two, or leave the images out with --skip-list FILE'
         )
 
 
@@ -303,7 +301,7 @@ def _resolve_cache(c: Config) -> None:
         if getattr(c, name):
             raise UsageError(
                 f'{flag_of(name)} with --teacher-cache: images are mixed differently in each epoch, and the teacher '
-                'must see the mixed image, which no cached logit belongs to; leave one of the two out'
+                'must see the mixed image, which no cached logit belongs to; remove one of the two'
             )
     assert c.epochs is not None  # filled in before
     if c.teacher_cache_views is None:

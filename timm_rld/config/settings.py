@@ -147,15 +147,15 @@ class Config:
         'a closed teacher in place of --teacher: a .parquet or .csv file with its answer for each image', path=True,
         used_by='AnswersFile:path gather_facts:answers')  # fmt: skip
     max_queries: int | None = setting(None, MODELS,
-        'images that a closed teacher may be asked about in the whole run, validation included; before a batch that '
-        'would take more, the run ends with a checkpoint', gt=0, used_by='QueryTeacher:limit',
+        'limit on the images sent to a closed teacher in one run, validation included; the run stops with a checkpoint '
+        'before it is exceeded', gt=0, used_by='QueryTeacher:limit',
         resumable=True)  # fmt: skip
     query_retries: int = setting(3, MODELS, 'how often a call of --teacher-query that fails is repeated', ge=0,
         used_by='QueryTeacher:retries', resumable=True)  # fmt: skip
     query_timeout: float = setting(60.0, MODELS, 'seconds that a call of --teacher-query may take; 0: any time', ge=0,
         used_by='QueryTeacher:timeout', resumable=True)  # fmt: skip
     query_workers: int = setting(1, MODELS,
-        'batches that --teacher-query is asked about while the steps before them train; 0: none, each step waits',
+        'batches sent to --teacher-query ahead of their step; 0: each step waits for its answers',
         ge=0, used_by='QueryTeacher:workers', resumable=True)  # fmt: skip
     student_pretrained: bool = setting(False, MODELS,
         'start the student from its published weights, with a fresh head where the classes differ',
@@ -208,11 +208,11 @@ class Config:
     teacher_cache_dtype: str = setting('float16', DISTILL, 'dtype of the cached logits',
         choices=('float16', 'bfloat16', 'float32'), used_by='TeacherCache:dtype')  # fmt: skip
     poison: str = setting('none', DISTILL,
-        "change what the teacher says on a part of the training images, to study a criterion: shift each row's ranks "
-        '(fdla), peak at the second class (pcfdla), reverse the ranks (fdpla), all zero, or noise',
+        "attack the teacher's logits on a fraction of the training images, to study a criterion: shift each row's "
+        'ranks (fdla), peak at the second class (pcfdla), reverse the ranks (fdpla), all zero, or noise',
         choices=('none', 'fdla', 'pcfdla', 'fdpla', 'zero', 'random'),
         used_by='check_poison:attack create_poison:attack')  # fmt: skip
-    poison_fraction: float | None = setting(None, DISTILL, 'part of the training images that --poison changes', gt=0,
+    poison_fraction: float | None = setting(None, DISTILL, 'fraction of the training images to attack', gt=0,
         le=1, used_by='check_poison:fraction create_poison:fraction', belongs_to='poison')  # fmt: skip
     poison_strength: float | None = setting(None, DISTILL,
         'height of the peak of --poison pcfdla (default: 9), or deviation of --poison random (default: 1)',
@@ -221,7 +221,7 @@ class Config:
         le=0.99, used_by='DistillationTask')  # fmt: skip
     class_weights: str | None = setting(None, DISTILL,
         "weigh the classes in the student's cross-entropy: 'auto' (by inverse frequency), or a CSV file with a class "
-        'and a weight a line', used_by='class_weights:weights gather_facts:weights', path=True)  # fmt: skip
+        'and a weight per line', used_by='class_weights:weights gather_facts:weights', path=True)  # fmt: skip
 
     # generated images
     generator: str | None = setting(None, GENERATED,
@@ -250,7 +250,7 @@ class Config:
         'test)',
         sample='test', used_by='open_splits open_validation', belongs_to='val_fraction', evaluation=True)  # fmt: skip
     val_fraction: float | None = setting(None, DATA,
-        'validate on this part of the training split, the same of each class, and train on the rest', gt=0, le=0.99,
+        'hold out this fraction of each class of the training split for validation', gt=0, le=0.99,
         used_by='open_splits')  # fmt: skip
     val_seed: int | None = setting(None, DATA, 'which part --val-fraction takes (default: --seed)', ge=0,
         used_by='open_splits')  # fmt: skip
@@ -313,7 +313,7 @@ class Config:
         'leave photographs as they are stored, as timm does, whatever orientation their EXIF data gives', flag=True,
         used_by='open_splits open_validation', logits=True, evaluation=True)  # fmt: skip
     skip_list: str | None = setting(None, DATA,
-        'file with images to leave out of training and validation, a path a line (below --data-dir, or absolute)',
+        'file with images to leave out of training and validation, one path per line (below --data-dir, or absolute)',
         used_by='open_splits open_validation', resumable=True, path=True, evaluation=True)  # fmt: skip
     seed: int = setting(42, DATA, 'seed of weights, order and augmentation', ge=0, le=2**32 - 1024,
         used_by='open_splits open_validation create_loaders Mixup create_features create_poison',
@@ -405,7 +405,7 @@ class Config:
     # devices and speed
     mixed_precision: str | None = setting(None, RUN, 'default: that of `accelerate launch`, else no',
         choices=('no', 'fp16', 'bf16'), used_by='create_accelerator', evaluation=True)  # fmt: skip
-    channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, but on GPUs without mixed precision)',
+    channels_last: bool | None = setting(None, RUN, 'memory layout (default: yes, except on GPUs in full precision)',
         evaluation=True)  # fmt: skip
     sync_bn: bool = setting(False, RUN, 'batch norm over all processes (GPUs)', flag=True, used_by='create_accelerator')
     torchcompile: bool = setting(False, RUN, 'compile student, teacher and criterion', flag=True,
@@ -418,7 +418,7 @@ class Config:
         "resume a run: 'auto' (that of --output/--experiment), a run folder, or one of its checkpoints", resumable=True,
         path=True, per_run=True)  # fmt: skip
     checkpoint_interval: str = setting('epoch', CKPT,
-        "write a checkpoint each 'epoch', or every N optimizer steps; and every 15 minutes anyway",
+        "'epoch', or a number of optimizer steps; a checkpoint is also written every 15 minutes",
         resumable=True)  # fmt: skip
     checkpoint_hist: int = setting(2, CKPT, 'how many of the newest checkpoints to keep, beside the best', gt=0,
         resumable=True)  # fmt: skip
@@ -429,7 +429,7 @@ class Config:
         'skip up to N steps in a row whose loss or gradient is not finite; 0: stop at the first', ge=0,
         resumable=True)  # fmt: skip
     on_bad_image: str = setting('error', CKPT,
-        'a training image that cannot be read: stop, or replace it by another and list it', choices=('error', 'skip'),
+        'unreadable training image: stop, or replace it with another and list it', choices=('error', 'skip'),
         resumable=True)  # fmt: skip
 
     # Hub
@@ -441,8 +441,8 @@ class Config:
     hub_private_repo: bool = setting(False, HUB, 'make a new repository private', flag=True,
         used_by='check_hub:private push_run', resumable=True)  # fmt: skip
     hub_license: str | None = setting(None, HUB,
-        'license in the card; data or teacher may ask for another (default: that of the weights which the student '
-        'started from, else apache-2.0; a card that is there keeps its own)',
+        "license in the model card; check what data and teacher require (default: that of the student's pretrained "
+        'weights, else apache-2.0; an existing card keeps its own)',
         used_by='check_hub:license push_run BackgroundPush', resumable=True)  # fmt: skip
     hub_strategy: str = setting('end', HUB,
         "push at the 'end' alone, also after each new 'best' epoch, or after 'every_save' (each epoch that is saved)",
@@ -457,10 +457,10 @@ class Config:
     experiment: str | None = setting(None, OUT, 'name of the run folder (default: <time>-<student>-<distill>)',
         resumable=True, path=True, per_run=True)  # fmt: skip
     no_predictions: bool = setting(False, OUT,
-        'do not write predictions.parquet: what student and teacher say of each validation image', flag=True,
+        'do not write predictions.parquet (of student and teacher, for each validation image)', flag=True,
         resumable=True)  # fmt: skip
     no_speed: bool = setting(False, OUT,
-        'do not measure what a batch takes student and teacher, seconds at the end of a run', flag=True,
+        'do not measure the latency of the networks, which takes a few seconds', flag=True,
         resumable=True, evaluation=True)  # fmt: skip
     log_interval: int = setting(50, OUT, 'steps between progress lines', gt=0, resumable=True)
     report_to: tuple[str, ...] = setting((), OUT, 'trackers of Accelerate: tensorboard, wandb, …',

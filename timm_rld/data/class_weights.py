@@ -62,7 +62,7 @@ def class_weights(source: Source, weights: str | None) -> Tensor | None:
     elif counts is None:
         raise UserError(
             f'--class-weights auto: how many images each class of {source.split!r} has is not known without reading '
-            'them; give a CSV file with a class and a weight a line'
+            'them; give a CSV file with one class and weight per line'
         )
     else:
         found = np.divide(1.0, counts, out=np.zeros(len(counts)), where=counts > 0)

@@ -68,7 +68,7 @@ class Loader:
             if source.shards is not None and source.shards < readers and (training or world > 1):
                 raise UserError(
                     f'--workers {workers}: split {source.split!r} has {source.shards} shard(s) for {readers} readers '
-                    f'({world} process(es)), and one without a shard has no images; take fewer, or cut smaller shards'
+                    f'({world} process(es)), and each needs one; use fewer --workers, or more shards'
                 )
             source.dataset.set_loader_cfg(num_workers=workers)
             self.stream = ReplayStream(source, transform, seed if training else None, rank)

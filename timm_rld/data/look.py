@@ -35,8 +35,7 @@ def first_look(train: Source, val: Source, on_bad_image: str, log: Callable[[str
     """
     if train.streamed and on_bad_image == 'skip':
         raise UserError(
-            f'--on-bad-image skip: split {train.split!r} is read as a stream, in which no other image can be drawn '
-            'in the place of one; leave it out'
+            f'--on-bad-image skip: split {train.split!r} is streamed, so no replacement can be drawn; remove the flag'
         )
     for source in (train, val):
         if source.left_out and not (source is val and val.dataset is train.dataset):
@@ -57,7 +56,7 @@ def first_look(train: Source, val: Source, on_bad_image: str, log: Callable[[str
             if source is train
             else 'which leaves them out with a note: --on-bad-image skip is for training images alone'
         )
-        raise UserError(f'{found}\nRemove them, or list them in a file for --skip-list FILE (a path a line), {other}')
+        raise UserError(f'{found}\nRemove them, or list them for --skip-list FILE (one path per line), {other}')
 
 
 def note_unlisted(train: Source, val: Source) -> str:

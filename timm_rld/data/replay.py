@@ -123,7 +123,7 @@ class ReplayDataset(Dataset[tuple[Tensor, int, int]]):
         for other in generator.integers(len(self), size=100).tolist():
             with contextlib.suppress(SampleError):
                 return self._read(other, (epoch, index))
-        raise SampleError(f'{error}; and a hundred others in its place neither')
+        raise SampleError(f'{error}; nor can 100 replacements be read')
 
     def __len__(self) -> int:
         return len(self.source)

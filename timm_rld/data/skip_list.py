@@ -1,4 +1,4 @@
-"""A list of images to leave out: a path a line, below `--data-dir` or absolute."""
+"""A list of images to leave out: one path per line, below `--data-dir` or absolute."""
 
 from __future__ import annotations
 

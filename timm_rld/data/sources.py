@@ -633,7 +633,7 @@ def _read_classes(source: Source, name: str, flag: str, target_key: str, num_cla
         if source.num_classes > MOST_CLASSES:
             raise UserError(
                 f'--target-key {target_key}: label {max(labels)} found, but classes are counted from 0; is it the '
-                'label column? A --class-map FILE (a label a line) gives each label an index'
+                'label column? A --class-map FILE (one label per line) gives each label an index'
             )
     elif num_classes is None:
         raise UserError(f'{name} does not give its number of classes; give --num-classes N')

@@ -107,7 +107,7 @@ def _check_one_of(val_fraction: float | None, val_split: str | None) -> None:
     if val_fraction is not None and val_split is not None:
         raise UserError(
             f'--val-fraction {val_fraction:g} with --val-split {val_split}: the validation images are a part of the '
-            'training split, or a split of their own; leave one of the two out'
+            'training split, or a split of their own; remove one of the two'
         )
 
 
@@ -216,7 +216,7 @@ def check_same_classes(train: Source, val: Source) -> None:
             what = f'class {i} is {a[i]!r} in {train.split!r}, {b[i]!r} in {val.split!r}'
         raise UserError(
             f'--train-split {train.split} and --val-split {val.split} have different classes: {what}. '
-            'A --class-map FILE (a name a line) gives both the same list.'
+            'A --class-map FILE (one name per line) gives both the same list.'
         )
     check_trained_classes(train, val)
     if val.num_classes > train.num_classes:

@@ -74,7 +74,7 @@ def fit(
     if task.criterion is not None and task.warmup_epochs > config.epochs:
         accelerator.print(
             f'note: distillation ramps up over {task.warmup_epochs} epochs, more than the run has: it never counts in '
-            'full; give fewer --distill-warmup-epochs, or leave it out'
+            'full; give fewer --distill-warmup-epochs, or remove it'
         )
     set_seed(config.seed, device_specific=True)
     state = TrainState(task, config, accelerator, train_loader.updates_per_epoch, phase)

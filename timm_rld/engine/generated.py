@@ -100,12 +100,12 @@ def read_generator(path: str, num_classes: int, in_chans: int) -> Generator:
     if found.num_classes != num_classes:
         raise UserError(
             f'{flag}: its images are made of rows of {found.num_classes} classes, the dataset has {num_classes}; '
-            'leave it out to train one'
+            'remove it to train one'
         )
     if found.in_chans != in_chans:
         raise UserError(
             f'{flag}: its images have {found.in_chans} channel(s), this run has {in_chans} (--in-chans); '
-            'leave it out to train one'
+            'remove it to train one'
         )
     return found
 

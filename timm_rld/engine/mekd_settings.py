@@ -73,28 +73,28 @@ def check_generated(config: Config) -> None:
     if config.task_loss_weight:
         raise UsageError(
             f'--task-loss-weight {config.task_loss_weight:g} with {flag}: the student sees generated images alone, '
-            'which have no labels; leave it out'
+            'which have no labels; remove it'
         )
     if config.class_weights is not None:
         raise UsageError(f'--class-weights with {flag}: weighs the cross-entropy of labels, and there are none')
     if config.teacher_cache is not None:
-        raise UsageError(f'--teacher-cache with {flag}: generated images never come again; leave one of the two out')
+        raise UsageError(f'--teacher-cache with {flag}: generated images never come again; remove one of the two')
     if config.teacher_answers is not None:
         raise UsageError(
             f'--teacher-answers with {flag}: a file has no answers for generated images; --teacher-query asks for them'
         )
     if config.feature_distill != 'none' or config.distill_token:
         other = '--distill-token' if config.distill_token else f'--feature-distill {config.feature_distill}'
-        raise UsageError(f'{other} with {flag}: MEKD compares the logits of one head; leave one of the two out')
+        raise UsageError(f'{other} with {flag}: MEKD compares the logits of one head; remove one of the two')
     for name in ('mixup', 'cutmix', 'cutmix_minmax'):
         if getattr(config, name):
-            raise UsageError(f'{flag_of(name)} with {flag}: the student sees generated images alone; leave it out')
+            raise UsageError(f'{flag_of(name)} with {flag}: the student sees generated images alone; remove it')
     if not config.teacher_epochs:
         for name in marked('group', FIELDS['mixup'].metadata['group']):
             if name in config.origin.flags:
                 raise UsageError(
                     f'{flag_of(name)} with {flag}: no image of the dataset is augmented, neither for the generator '
-                    'nor for the student; leave it out'
+                    'nor for the student; remove it'
                 )
     if config.generator is not None:
         for name in own:

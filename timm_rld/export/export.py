@@ -144,7 +144,7 @@ def _check_arguments(
     if min_agreement is not None and not 0 <= min_agreement <= 1:
         raise UsageError(f'--min-agreement {min_agreement:g}: is a share, from 0 to 1')
     if min_agreement is not None and not check:
-        raise UsageError(f'--min-agreement {min_agreement:g}: --no-check compares nothing; leave one of the two out')
+        raise UsageError(f'--min-agreement {min_agreement:g}: --no-check compares nothing; remove one of the two')
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UsageError('export works in one process; start it without a launcher')
     if format == 'onnx':

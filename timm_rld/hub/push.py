@@ -57,7 +57,7 @@ def check_hub(hub_model_id: str, private: bool = False, license: str | None = No
     if get_token() is None:
         raise UserError('push: no token; set HF_TOKEN, or log in with `hf auth login`')
     if not hub_in_reach():
-        raise UserError('push: the Hub is out of reach (no network, or HF_HUB_OFFLINE is set)')
+        raise UserError('push: cannot reach the Hub; check the network and HF_HUB_OFFLINE')
     api = HfApi()
     user = _retried(api.whoami, 'push')
     name = user['name']
@@ -115,8 +115,8 @@ def push_run(
     run = read_run(folder)
     if run.settings.get('tune_holdout') is not None:
         raise UserError(
-            f'push: {folder} is a run of a search, with --tune-holdout: it has no figure on validation images; push a '
-            'run of its final stage, or of the settings that it found'
+            f'push: {folder} is a run of a search, with --tune-holdout: it has no validation accuracy; push a run in '
+            'final/ of the search'
         )
     file = find_weights(run, hub_weights)
     if after is not None:

@@ -133,7 +133,7 @@ def evaluation_settings(
     base = dataclasses.replace(base, **given, validation_batch_size=size, report_to=(), sync_bn=False, resume=None)
     if teacher is not None and run is not None and teacher == run.teacher_name != run.teacher:
         raise UsageError(
-            f'--teacher {teacher}: the teacher of {opened.name} can only be asked, and is not asked for an evaluation; '
+            f'--teacher {teacher}: the closed teacher of {opened.name} cannot be evaluated again; '
             'its answers for the validation images are in predictions.parquet of the run'
         )
     of_training = taken_by('load_query', 'QueryTeacher', 'AnswersFile', 'TeacherCache')

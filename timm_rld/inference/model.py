@@ -92,7 +92,7 @@ def open_model(name: str, weights: str = 'last') -> OpenModel:
         has_config = (file.parent / 'config.json').is_file()  # else it is a checkpoint
         found, file = f'local-dir:{file.parent if has_config else folder / "student"}', None if has_config else file
     elif weights != 'last':
-        raise UsageError(f'--weights {weights}: {name} is no run folder, and has one set of weights; leave it out')
+        raise UsageError(f'--weights {weights}: {name} is no run folder, and has one set of weights; remove it')
     else:
         found = model_name(name)
     info = look_up(found, 'model')

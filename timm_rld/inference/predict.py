@@ -97,7 +97,7 @@ def predict_files(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> None:
-    """Write the most probable classes of image files, a row an image in the order of the arguments.
+    """Write the most probable classes of image files, one row per image in the order of the arguments.
 
     Args:
         name: a run, a model folder, `hf-hub:user/model`, or a timm name.

@@ -219,13 +219,13 @@ CRITERIA: dict[str, CriterionInfo] = {
             knobs=(Knob('t_norm', (0.25, 2)), _WEIGHT),
         ),
         _row(
-            'atkd', ATKD, "KD of standardised logits at a temperature from each sample's highest",
+            'atkd', ATKD, "KD of standardised logits at a temperature from each sample's maximum",
             'Adaptive Temperature Based on Logits Correlation in Knowledge Distillation, Matsuyama et al.', 2025,
             task_weight=0.1, distill_weight=9.0, not_standardized=_SCALED,
             knobs=(_WEIGHT,),
         ),
         _row(
-            'wttm', WTTM, "the teacher's probabilities to a power, samples weighted by its doubt",
+            'wttm', WTTM, "the teacher's probabilities to a power, samples weighted by uncertainty",
             'Knowledge Distillation Based on Transformed Teacher Matching, Zheng, Yang, ICLR', 2024,
             options={'gamma': 0.1, 'beta': 3.0}, not_standardized='its power transform is a temperature of its own',
             imagenet='--distill-kwargs gamma=0.8 beta=1.6',
@@ -294,7 +294,7 @@ CRITERIA: dict[str, CriterionInfo] = {
             knobs=(_TEMPERATURE, _TASK_WEIGHT),
         ),
         _row(
-            'mekd', MEKD, 'what a generator makes of both logits; trained on generated images, without labels',
+            'mekd', MEKD, 'images generated from both logits are compared; no labels, no real images',
             'Aligning Logits Generatively for Principled Black-Box Knowledge Distillation, Ma et al., CVPR', 2024,
             options={
                 'temperature': 5.0, 'gen_temperature': 5.0, 'image_weight': 1.0, 'kl_weight': 1.0, 'norm': 'l1',

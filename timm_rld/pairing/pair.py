@@ -223,7 +223,7 @@ def teacher_skeleton(
 
 def _check_to_train(class_map: str | Sequence[int] | None, checkpoint: str | None) -> None:
     if class_map is not None:
-        raise UserError('--teacher-class-map: a teacher trained here has the classes of the dataset; leave it out')
+        raise UserError('--teacher-class-map: a teacher trained here has the classes of the dataset; remove it')
     if checkpoint:
         raise UserError('--teacher-checkpoint with --teacher-epochs: choose one of the two')
 

@@ -107,7 +107,7 @@ class Queries:
         """Raise QueryError where this process alone would pass the limit with so many images more. What all processes
         ask together is checked before they do so, by whoever asks."""
         if self.limit is not None and self.count + images > self.limit:
-            raise QueryError(f'--max-queries {self.limit}: {self.count} are used, and {images} more are needed')
+            raise QueryError(f'--max-queries {self.limit}: {self.count} used, {images} more needed; raise it')
 
     def keep_in(self, file: Path) -> None:
         """From now on keep the number in a file, and go on from the one that is in it.

@@ -252,7 +252,7 @@ def check_accuracy(name: str, top1: float, num_classes: int, least: float | None
     :func:`least_teacher_accuracy`."""
     limit = least_teacher_accuracy(num_classes) if least is None else least
     if not top1 >= limit:
-        near = ', which is near chance: are its classes those of the dataset, has it been trained for too few epochs?'
+        near = ' (near chance): check that its classes match the dataset, or train it for more --teacher-epochs'
         raise UserError(
             f'--teacher {name}: its top-1 of {top1:.2f} is below {limit:.4g}{near if least is None else ""}\n'
             '--min-teacher-acc sets another limit (0: none)'

@@ -199,7 +199,7 @@ def check_shared(names: Sequence[str]) -> None:
         if name not in SHARED:
             of_criteria = {k.name for row in CRITERIA.values() for k in row.knobs}
             why = '; those of the criteria are searched anyway' if name in of_criteria else did_you_mean(name, SHARED)
-            raise UsageError(f'--tune {name}: unknown knob{why} (known: {", ".join(SHARED)})')
+            raise UsageError(f'--tune {name}: unknown name{why} (known: {", ".join(SHARED)})')
 
 
 def shorter(config: Config, epochs: int) -> list[str]:

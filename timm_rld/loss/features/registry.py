@@ -89,12 +89,12 @@ FEATURES: dict[str, FeatureMethod] = {
             takes='one', weight=100.0, options={'stage': None, 'eps': 1e-5},
         ),
         _row(
-            'at', AT, 'where a map is active, of each stage',
+            'at', AT, 'attention maps of each stage',
             'Paying More Attention to Attention, Zagoruyko, Komodakis, ICLR', 2017,
             takes='stages', weight=1000.0, options={'p': 2},
         ),
         _row(
-            'sp', SP, 'which samples of the batch are alike, by the last map',
+            'sp', SP, 'similarity of the samples in a batch, by the last map',
             'Similarity-Preserving Knowledge Distillation, Tung, Mori, ICCV', 2019,
             takes='last', weight=3000.0,
         ),
@@ -104,7 +104,7 @@ FEATURES: dict[str, FeatureMethod] = {
             options={'distance_weight': 25.0, 'angle_weight': 50.0, 'squared': False, 'eps': 1e-12},
         ),
         _row(
-            'pkt', PKT, 'which samples of the batch are near, as probabilities, by pooled features',
+            'pkt', PKT, 'similarity of the samples in a batch, as probabilities, by pooled features',
             'Learning Deep Representations with Probabilistic Knowledge Transfer, Passalis, Tefas, ECCV', 2018,
             pooled=True, weight=30000.0, options={'eps': 1e-7},
         ),
