@@ -384,7 +384,7 @@ def test_a_class_alone_trains_and_a_report_an_evaluation_and_a_card_say_what_it_
     assert 'of which nothing was used but its classes' in card_section(read_run(run), 'me/it', 'last', False)
     assert tools(['evaluate', str(run), '--no-speed', '--workers', '0']) == 0
     assert tools(['evaluate', str(run), '--no-speed', '--teacher', 'closed_teachers:classes']) == 2
-    assert 'can only be asked, and is not asked for an evaluation' in capsys.readouterr().err
+    assert 'cannot be evaluated again' in capsys.readouterr().err
 
 
 def test_a_closed_network_distils_as_the_open_one(folder, trained_teacher, tmp_path):
