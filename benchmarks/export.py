@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +33,7 @@ import numpy as np  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.zoo import SIZES, versions, wake  # noqa: E402
+from benchmarks.zoo import SIZES, versions, wake, watch  # noqa: E402
 from timm_rld.bench.measure import run_script  # noqa: E402
 from timm_rld.errors import UsageError, UserError, did_you_mean  # noqa: E402
 from timm_rld.export import Graph, trace  # noqa: E402
@@ -119,35 +117,6 @@ def examine(name: str, tell: Callable[[Row], None]) -> None:
     return tell({'stage': 'done'})
 
 
-def watch(family: str, name: str, parameters: int, seconds: float) -> Row:
-    """Export in a process of its own, and give what it told until it ended, crashed or was stopped."""
-    context = multiprocessing.get_context('fork')  # a fresh process would take longer to import timm than to run
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=examine, args=(name, sender.send))
-    started = time.monotonic()
-    process.start()
-    sender.close()
-    row: Row = {'family': family, 'architecture': name, 'parameters': parameters, **versions()}
-    notes = []
-    while True:
-        if not receiver.poll(max(0.0, started + seconds - time.monotonic())):
-            process.kill()
-            notes.append(f'stopped after {seconds:g} s in: {row.get("stage")}')
-            break
-        try:
-            told = receiver.recv()
-        except EOFError:
-            process.join()
-            if process.exitcode:  # negative: of a signal
-                notes.append(f'died in: {row.get("stage")} (exit code {process.exitcode})')
-            break
-        if 'note' in told:
-            notes.append(told.pop('note'))
-        row.update(told)
-    process.join()
-    return {**row, 'seconds': round(time.monotonic() - started, 1), 'note': '; '.join(notes)}
-
-
 def family(name: str) -> str:
     """The family of an architecture: of ours its name without size, of timm's its module."""
     ours = re.match(r'cifar_([a-z]+v[12]$|[a-z]+)', name)
@@ -203,7 +172,7 @@ def run(args: argparse.Namespace) -> str:
     for i, name in enumerate(names, 1):
         if name in rows or (count := parameters_of(name)) > args.max_parameters * 1e6:
             continue
-        row = rows[name] = watch(family(name), name, count, args.seconds)
+        row = rows[name] = watch(examine, name, {'family': family(name), 'parameters': count}, args.seconds)
         with file.open('a') as f:
             f.write(json.dumps(row) + '\n')
         verdict = 'ok' if passes(row) else 'FAILED'

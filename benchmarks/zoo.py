@@ -182,15 +182,22 @@ def smallest(module: str) -> tuple[str, int] | None:
     return min(sizes.items(), key=lambda item: item[1], default=None)
 
 
-def watch(module: str, name: str, parameters: int, seconds: float) -> Row:
-    """Run the checks in a process of its own, and give what it told until it ended, crashed or was stopped."""
+def watch(examine: Callable[[str, Callable[[Row], None]], None], name: str, row: Row, seconds: float) -> Row:
+    """Examine an architecture in a process of its own.
+
+    Args:
+        row: what is known of it.
+
+    Returns:
+        The row, with what the process told until it ended, crashed or was stopped after so many seconds.
+    """
     context = multiprocessing.get_context('fork')  # a fresh process would take longer to import timm than to run
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=examine, args=(name, sender.send))
     started = time.monotonic()
     process.start()
     sender.close()
-    row: Row = {'module': module, 'architecture': name, 'parameters': parameters, **versions()}
+    row = {**row, 'architecture': name, **versions()}
     notes = []
     while True:
         if not receiver.poll(max(0.0, started + seconds - time.monotonic())):
@@ -261,7 +268,8 @@ def run(args: argparse.Namespace) -> str:
         if pick is None or pick[1] > args.max_parameters * 1e6:
             left_out.append(module)
             continue
-        row = rows[module] = watch(module, *pick, args.seconds)
+        name, count = pick
+        row = rows[module] = watch(examine, name, {'module': module, 'parameters': count}, args.seconds)
         with file.open('a') as f:
             f.write(json.dumps(row) + '\n')
         verdict = 'ok' if passes(row) else 'FAILED'

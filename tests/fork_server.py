@@ -188,7 +188,7 @@ def run(request: dict) -> None:
     os.chdir(request['cwd'])
     for number, stream in enumerate(('stdin', 'stdout', 'stderr')):
         mode, old = 'w' if number else 'r', getattr(sys, stream)
-        new = open(number, mode, encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
+        new = open(number, mode, 1, encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
         setattr(sys, stream, new)
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count()))
     sys.executable = request['executable']

@@ -62,8 +62,7 @@ def test_what_fails_dies_or_hangs_is_a_row_and_comes_first(zoo, monkeypatch):
     good = dict.fromkeys(zoo.CHECKS, 'ok')
     rows = [{'module': 'a', 'architecture': 'a', 'parameters': 1, 'seconds': 1, 'note': '', **good}]
     for examine in (fails, dies, hangs):
-        monkeypatch.setattr(zoo, 'examine', examine)
-        rows.append(zoo.watch(examine.__name__, 'x', 1, 1.0))
+        rows.append(zoo.watch(examine, 'x', {'module': examine.__name__, 'parameters': 1}, 1.0))
     assert [r['note'] for r in rows[1:]] == [
         'no | such', 'died in: bf16 (exit code 3)', 'stopped after 1 s in: fold'
     ]  # fmt: skip
