@@ -195,22 +195,15 @@ def _damage(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _runs_table(runs: list[dict[str, Any]]) -> Table:
+    attacked = any(not is_clean(r) for r in runs)
     columns = [
-        'criterion',
-        'attack',
-        'fraction#',
-        'seed#',
-        'top-1#',
-        'best epoch#',
-        'macro accuracy#',
-        'teacher#',
-        'agreement#',
-        'images/s#',
-        'folder',
-    ]
+        'criterion', *(['attack', 'fraction#'] if attacked else []), 'seed#', 'top-1#', 'best epoch#',
+        'macro accuracy#', 'teacher#', 'agreement#', 'images/s#', 'folder',
+    ]  # fmt: skip
     keys = ('top1', 'top1_best', 'macro', 'teacher_top1', 'agreement', 'images_per_second')
-    return Table(columns, [
-        [r['criterion'], r.get('poison') or '', f'{r["fraction"]:g}' if r.get('poison') else '', r['seed'],
-         *('' if r.get(k) is None else f'{r[k]:.2f}' for k in keys), r['run']]
-        for r in runs
-    ])  # fmt: skip
+    rows = []
+    for r in runs:
+        attack = ['', ''] if is_clean(r) else [r['poison'], f'{r["fraction"]:g}']
+        figures = ('' if r.get(k) is None else f'{r[k]:.2f}' for k in keys)
+        rows.append([r['criterion'], *(attack if attacked else []), r['seed'], *figures, r['run']])
+    return Table(columns, rows)
