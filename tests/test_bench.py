@@ -15,8 +15,6 @@ from benchmarks import timm_script as beside_timm
 from timm_rld.__main__ import main
 from timm_rld.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('forked_python')
-
 
 def test_the_loss_benchmark_prints_a_row_for_each_criterion_and_shape(capsys):
     argv = ['bench', 'loss', '--no-compile', '--repeats', '1', '--shapes', '4x5', '--criteria', 'rld', 'dkd']

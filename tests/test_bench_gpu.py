@@ -23,7 +23,6 @@ from timm_rld.bench.measure import Profiled, idle_share
 from timm_rld.compare import _check
 from timm_rld.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('forked_python')
 ROOT = Path(__file__).parent.parent
 
 

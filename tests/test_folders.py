@@ -149,7 +149,7 @@ ALL_BROKEN = (
     'apple/broken.png (it is no image in a format that Pillow reads)', 'apple/empty.jpg (an empty file)',
     'apple/short.jpg (OSError: image file is truncated', 'apple/huge.pgm (Image size (1600000000 pixels) exceeds limit',
 )  # fmt: skip
-FIX = 'list them in a file for --skip-list FILE'
+FIX = 'list them for --skip-list FILE'
 # First cell of the row: what makes the mess, images of apples in training then (None: an error), what is said of it.
 ROWS: dict[str, tuple[Callable[[Path], None], int | None, tuple[str, ...]]] = {
     'images in other formats than JPEG and PNG, endings in capitals': (
