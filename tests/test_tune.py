@@ -486,14 +486,14 @@ def test_the_sentence_follows_from_the_interval(winner, said):
 
 @pytest.mark.slow
 def test_a_run_that_outlived_its_search_is_waited_for(tmp_path):
-    code = ('import sys, time; from pathlib import Path; from timm_rld.files import lock; '
-            "lock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(1)")  # fmt: skip
+    code = ('import os, sys, time; from pathlib import Path; from timm_rld.files import lock; '
+            'lock(Path(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(1)')  # fmt: skip
     run = subprocess.Popen([sys.executable, '-c', code, str(tmp_path / '.lock')], stdout=subprocess.PIPE, text=True)
-    run.stdout.readline()
+    pid = int(run.stdout.readline())
     said: list[str] = []
     wait_until_free(tmp_path, 'a run', said.append, seconds=0.05)
     assert run.wait() == 0 and len(said) == 1
-    assert said[0].startswith(f'a run: still running (process {run.pid} on ')
+    assert said[0].startswith(f'a run: still running (process {pid} on ')
 
 
 # --------------------------------------------------------------------------------------------------- a search, for real
