@@ -9,7 +9,6 @@ import pytest
 from benchmarks import teacher_quality as study
 from timm_rld.errors import UserError
 
-pytestmark = pytest.mark.usefixtures('forked_python')
 FLAGS = ['--teacher', 'test_resnet', '--student', 'test_resnet', '--teacher-epochs', '2', '1', '--seeds', '0', '1']
 
 

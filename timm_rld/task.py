@@ -298,9 +298,10 @@ class DistillationTask(TrainingTask):
         ema: bool = False,
     ) -> None:
         """Load what :meth:`get_task_state` returned."""
+        state = state or {}
         for name, criterion in self._learning().items():
-            if name in (state or {}):
-                criterion.load_state_dict((state or {})[name], strict=strict)
+            if name in state:
+                criterion.load_state_dict(state[name], strict=strict)
             elif strict:
                 raise ValueError(f'the state of the task has no {name!r}, whose parameters this task learns')
 

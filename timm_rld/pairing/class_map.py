@@ -15,15 +15,24 @@ def simple_name(name: str) -> str:
     return ' '.join(name.lower().replace('_', ' ').split())
 
 
-def output_names(info: ModelInfo) -> list[str] | None:
-    """Return the names of a model's outputs: those of its config, else WordNet ids where its number of outputs is an
-    ImageNet's, else None."""
+def _output_texts(info: ModelInfo) -> list[tuple[str, str]] | None:
+    """Return the name and the description of each output of a model: those of its config, else ImageNet's (WordNet ids
+    and lemmas) where its number of outputs is an ImageNet's, else None."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     if info.label_names is not None:
-        return info.label_names
-    subset = infer_imagenet_subset(info.config)
-    return ImageNetInfo(subset).label_names() if subset else None
+        descriptions = info.config.get('label_descriptions') or {}
+        return [(name, descriptions.get(name, '')) for name in info.label_names]
+    if subset := infer_imagenet_subset(info.config):
+        imagenet = ImageNetInfo(subset)
+        return [(name, imagenet.label_name_to_description(name)) for name in imagenet.label_names()]
+    return None
+
+
+def output_names(info: ModelInfo) -> list[str] | None:
+    """Return the names of a model's outputs, WordNet ids for those of ImageNet; None where they are not known."""
+    texts = _output_texts(info)
+    return None if texts is None else [name for name, _ in texts]
 
 
 def find_classes(class_names: Sequence[str], info: ModelInfo) -> list[set[int]] | None:
@@ -31,15 +40,8 @@ def find_classes(class_names: Sequence[str], info: ModelInfo) -> list[set[int]] 
 
     A full name counts before a synonym ("tench" in "tench, Tinca tinca").
     """
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    if info.label_names is not None:
-        descriptions = info.config.get('label_descriptions') or {}
-        texts = [[n, descriptions.get(n, '')] for n in info.label_names]
-    elif subset := infer_imagenet_subset(info.config):
-        imagenet = ImageNetInfo(subset)
-        texts = [[n, imagenet.label_name_to_description(n)] for n in imagenet.label_names()]
-    else:
+    texts = _output_texts(info)
+    if texts is None:
         return None
     full: dict[str, set[int]] = {}
     partial: dict[str, set[int]] = {}
